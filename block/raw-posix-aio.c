@@ -1,0 +1,893 @@
+/*
+ * Raw file engine: how block/file-posix.c runs its requests
+ *
+ * A request meets up to three tiers and is served by the first that can do it
+ * without stopping the event loop, see raw_aio_begin():
+ *
+ *   1 inline   the event loop itself, for what needs no wait (not there yet)
+ *   2 native   Linux AIO with RWF_NOWAIT, for O_DIRECT files
+ *   3 pool     a worker thread, which may block; does anything
+ *
+ * The pool has the last word.  Whatever another tier did not finish, be it an
+ * error or the rest of a short transfer, is given to the pool once, without
+ * RWF_NOWAIT, and that answer counts.  So continuation, the end of the file
+ * and the policy for errors stand in one place, the blocking functions below.
+ *
+ * docs/architecture.md and docs/errno.md of the series say more.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/atomic.h"
+#include "qemu/coroutine.h"
+#include "qemu/error-report.h"
+#include "qemu/memalign.h"
+#include "qemu/rcu.h"
+#include "block/aio-wait.h"
+#include "block/raw-linux-aio.h"
+#include "block/raw-posix-aio.h"
+#include "block/raw-aio-compat.h"
+#include "trace.h"
+
+/* RawAIODesc.learnt: what a descriptor has been found not to do */
+enum {
+    RAW_AIO_NO_READ_NOWAIT  = 1 << 0,
+    RAW_AIO_NO_WRITE_NOWAIT = 1 << 1,
+    RAW_AIO_NO_READ_NATIVE  = 1 << 2,
+    RAW_AIO_NO_WRITE_NATIVE = 1 << 3,
+    RAW_AIO_NO_FDSYNC       = 1 << 4,   /* IOCB_CMD_FDSYNC */
+    RAW_AIO_NO_DSYNC        = 1 << 5,   /* pwritev2(RWF_DSYNC) */
+};
+
+/*
+ * A descriptor lives until the last request that began on it has ended, even
+ * when raw_set_perm() has replaced it meanwhile.
+ */
+struct RawAIODesc {
+    struct rcu_head rcu;    /* first, as g_free_rcu() wants it */
+    int fd;                 /* constant */
+    bool direct;            /* O_DIRECT; constant, F_SETFL is not used to change it */
+    int refcnt;             /* atomic */
+    unsigned learnt;        /* atomic, bits are only added */
+};
+
+/* What an AioContext has for all its files; owned by its home thread */
+typedef struct RawAIOContext {
+    AioContextHook hook;
+    AioContext *ctx;        /* constant */
+    PAIOPool *pool;         /* constant */
+#ifdef CONFIG_LINUX_AIO
+    RawLaioRing *ring;
+    bool ring_tried;
+#endif
+} RawAIOContext;
+
+/* A read, write or flush; belongs to the home thread but for "done". */
+typedef struct RawAIORequest {
+    RawAIOFile *file;
+    RawAIODesc *desc;       /* held until the end */
+    RawAIOContext *home;
+    int type;               /* QEMU_AIO_* and RAW_AIO_ZONED */
+    BdrvRequestFlags flags;
+    int64_t offset;         /* bytes */
+    QEMUIOVector *qiov;     /* NULL for a flush */
+
+    /*
+     * Bytes of qiov that are transferred.  Written by the home thread, except
+     * while the request is with the pool: then by the worker.
+     */
+    size_t done;
+
+    /*
+     * The bit of RawAIODesc.learnt that is set if the pool can do what the
+     * native tier could not; 0 if its failure says nothing about the file.
+     */
+    unsigned suspect;
+    bool nowait;            /* the native attempt has RWF_NOWAIT */
+
+    PAIORequest pool;
+#ifdef CONFIG_LINUX_AIO
+    RawLaioRequest laio;
+#endif
+
+    BlockCompletionFunc *cb;
+    void *opaque;
+} RawAIORequest;
+
+static void raw_aio_count(RawAIOFile *f, RawAIOStat stat)
+{
+    stat64_add(&f->stats[stat], 1);
+}
+
+static size_t raw_aio_bytes(const RawAIORequest *req)
+{
+    return req->qiov ? req->qiov->size : 0;
+}
+
+static bool raw_aio_is_write(int type)
+{
+    return type & (QEMU_AIO_WRITE | QEMU_AIO_ZONE_APPEND);
+}
+
+/* A write that must not be sent twice, not even a part of it */
+static bool raw_aio_once_only(const RawAIORequest *req)
+{
+    return (req->type & RAW_AIO_ZONED) && raw_aio_is_write(req->type);
+}
+
+/*
+ * Errors by which a kernel or file system says that it can't do a request that
+ * way; old kernels say EINVAL for a flag or opcode they don't know.  They mean
+ * other things as well, so a retry in another way has to decide.
+ */
+static bool raw_aio_means_unsupported(int ret)
+{
+    return ret == -EINVAL || ret == -EOPNOTSUPP || ret == -ENOSYS;
+}
+
+static bool raw_aio_has_preadv(const RawAIOFile *f)
+{
+#ifdef CONFIG_PREADV
+    return !(f->disabled & RAW_AIO_DISABLE_PREADV);
+#else
+    return false;
+#endif
+}
+
+/*
+ * Descriptors
+ */
+
+static RawAIODesc *raw_aio_desc_new(int fd)
+{
+    RawAIODesc *desc = g_new0(RawAIODesc, 1);
+    int flags = fcntl(fd, F_GETFL);
+
+    desc->fd = fd;
+    desc->direct = flags != -1 && (flags & O_DIRECT);
+    desc->refcnt = 1;
+    return desc;
+}
+
+static RawAIODesc *raw_aio_desc_ref(RawAIOFile *f)
+{
+    RawAIODesc *desc;
+
+    RCU_READ_LOCK_GUARD();
+    do {
+        /*
+         * Pairs with the xchg in raw_aio_set_fd(), after which the count of
+         * the old descriptor may reach 0: then there is a new one to be found.
+         */
+        desc = qatomic_rcu_read(&f->desc);
+    } while (!qatomic_fetch_inc_nonzero(&desc->refcnt));
+    return desc;
+}
+
+RawAIODesc *raw_aio_get_desc(RawAIOFile *f, int *fd)
+{
+    RawAIODesc *desc = raw_aio_desc_ref(f);
+
+    *fd = desc->fd;
+    return desc;
+}
+
+void raw_aio_put_desc(RawAIODesc *desc)
+{
+    /* Sequentially consistent: the I/O of all holders is before the close. */
+    if (qatomic_fetch_dec(&desc->refcnt) == 1) {
+        trace_raw_aio_close_desc(desc, desc->fd);
+        qemu_close(desc->fd);
+        g_free_rcu(desc, rcu);
+    }
+}
+
+/* Only a hint for later requests, so no order with anything else is needed. */
+static bool raw_aio_knows(RawAIODesc *desc, unsigned bits)
+{
+    return qatomic_read(&desc->learnt) & bits;
+}
+
+static void raw_aio_learn(RawAIOFile *f, RawAIODesc *desc, unsigned bits)
+{
+    if (!raw_aio_knows(desc, bits)) {
+        trace_raw_aio_learn(f, desc->fd, bits);
+        qatomic_or(&desc->learnt, bits);
+    }
+}
+
+/*
+ * AioContexts
+ */
+
+static void raw_aio_context_free(AioContextHook *hook)
+{
+    RawAIOContext *home = container_of(hook, RawAIOContext, hook);
+
+#ifdef CONFIG_LINUX_AIO
+    if (home->ring) {
+        raw_laio_free(home->ring);
+    }
+#endif
+    paio_pool_free(home->pool);
+    g_free(home);
+}
+
+static void raw_aio_context_update(AioContextHook *hook)
+{
+    RawAIOContext *home = container_of(hook, RawAIOContext, hook);
+
+    paio_pool_update_params(home->pool);
+}
+
+static RawAIOContext *raw_aio_context_new(AioContext *ctx)
+{
+    RawAIOContext *home = g_new0(RawAIOContext, 1);
+
+    home->hook.free = raw_aio_context_free;
+    home->hook.update = raw_aio_context_update;
+    home->ctx = ctx;
+    home->pool = paio_pool_new(ctx);
+
+    /*
+     * Another thread may change thread-pool-min/max right now.  Publish first,
+     * read then; it writes first and looks for the hook then.  Pairs with the
+     * smp_mb() in aio_context_set_thread_pool_params(): at least one of the
+     * two sees what the other wrote.
+     */
+    qatomic_store_release(&ctx->raw_aio, &home->hook);
+    smp_mb();
+    paio_pool_update_params(home->pool);
+    return home;
+}
+
+static RawAIOContext *raw_aio_context_current(void)
+{
+    AioContext *ctx = qemu_get_current_aio_context();
+
+    /* Only this thread writes it, so no barrier is needed to read it. */
+    if (unlikely(!ctx->raw_aio)) {
+        return raw_aio_context_new(ctx);
+    }
+    return container_of(ctx->raw_aio, RawAIOContext, hook);
+}
+
+PAIOPool *raw_aio_current_pool(void)
+{
+    return raw_aio_context_current()->pool;
+}
+
+#ifdef CONFIG_LINUX_AIO
+static RawLaioRing *raw_aio_context_ring(RawAIOContext *home)
+{
+    if (unlikely(!home->ring_tried)) {
+        Error *local_err = NULL;
+        static bool warned;
+
+        home->ring_tried = true;
+        home->ring = raw_laio_new(home->ctx, &local_err);
+        if (!home->ring) {
+            trace_raw_aio_no_ring(home->ctx, error_get_pretty(local_err));
+            /* Atomic: each AioContext can come here.  Once is enough. */
+            if (!qatomic_xchg(&warned, true)) {
+                warn_reportf_err(local_err, "aio=native is not available, "
+                                 "worker threads do the I/O: ");
+            } else {
+                error_free(local_err);
+            }
+        }
+    }
+    return home->ring;
+}
+#endif
+
+/*
+ * Blocking calls: they run in a worker
+ */
+
+/* Returns: bytes, or -1 with errno */
+static ssize_t raw_aio_transfer(RawAIORequest *req, const struct iovec *iov,
+                                int niov, int64_t offset, int rwf)
+{
+    bool is_write = raw_aio_is_write(req->type);
+    int fd = req->desc->fd;
+
+    if (niov == 1 && !rwf) {
+        return is_write ? pwrite(fd, iov->iov_base, iov->iov_len, offset)
+                        : pread(fd, iov->iov_base, iov->iov_len, offset);
+    }
+#if RAW_AIO_HAVE_RWF
+    if (rwf) {
+        return is_write ? pwritev2(fd, iov, niov, offset, rwf)
+                        : preadv2(fd, iov, niov, offset, rwf);
+    }
+#endif
+#ifdef CONFIG_PREADV
+    return is_write ? pwritev(fd, iov, niov, offset)
+                    : preadv(fd, iov, niov, offset);
+#else
+    g_assert_not_reached();
+#endif
+}
+
+/*
+ * A read with O_DIRECT that starts at an unaligned offset, as the rest of a
+ * short read does, fails with EINVAL.  At the end of the file that is no error.
+ */
+static bool raw_aio_at_eof(int fd, int64_t offset)
+{
+    struct stat st;
+
+    if (fstat(fd, &st) < 0) {
+        return false;
+    }
+    /* The size of a device is a multiple of its blocks: reads return 0 there */
+    return S_ISREG(st.st_mode) && offset >= st.st_size;
+}
+
+/*
+ * Transfer the part of @qiov that is after req->done, until it is complete,
+ * the file ends, or an error occurs.  Advances req->done.
+ *
+ * Returns: 0 if complete or, for a read, at the end of the file; or a negative
+ * errno
+ */
+static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
+{
+    bool is_write = raw_aio_is_write(req->type);
+    bool rewound = false;
+
+    while (req->done < qiov->size) {
+        int64_t offset = req->offset + req->done;
+        QEMUIOVector rest, *v = qiov;
+        size_t asked;
+        ssize_t len;
+        int niov;
+
+        if (req->done) {
+            /* A copy: others may use the same vector (quorum does). */
+            qemu_iovec_init_slice(&rest, qiov, req->done,
+                                  qiov->size - req->done);
+            v = &rest;
+        }
+        niov = raw_aio_has_preadv(req->file) ? v->niov : 1;
+        asked = niov == v->niov ? v->size : v->iov[0].iov_len;
+        do {
+            len = raw_aio_transfer(req, v->iov, niov, offset, rwf);
+        } while (len < 0 && errno == EINTR);
+        if (v == &rest) {
+            int saved_errno = errno;
+
+            qemu_iovec_destroy(&rest);
+            errno = saved_errno;
+        }
+
+        if (len < 0) {
+            if (errno == EINVAL && !is_write && req->desc->direct && req->done) {
+                if (raw_aio_at_eof(req->desc->fd, offset)) {
+                    return 0;
+                }
+                if (!rewound) {
+                    /* The file has grown meanwhile; start where it suits. */
+                    rewound = true;
+                    req->done = 0;
+                    continue;
+                }
+                errno = EINVAL;
+            }
+            return -errno;
+        }
+        if (len == 0) {
+            return is_write ? -ENOSPC : 0;
+        }
+        req->done += len;
+        if (len < asked) {
+            trace_raw_aio_short(req->file, req->type, offset, asked, len);
+            raw_aio_count(req->file, RAW_AIO_SHORT_TRANSFERS);
+            if (raw_aio_once_only(req)) {
+                return -EIO;
+            }
+        }
+    }
+    return 0;
+}
+
+static int raw_aio_blocking_flush(RawAIORequest *req)
+{
+    RawAIOFile *f = req->file;
+    /* Pairs with the cmpxchg below; an int needs no order. */
+    int err = qatomic_read(&f->writeback_errno);
+
+    if (err) {
+        return -err;
+    }
+    if (RETRY_ON_EINTR(qemu_fdatasync(req->desc->fd)) == 0) {
+        return 0;
+    }
+    err = errno;
+    trace_file_flush_fdatasync_failed(err);
+    /*
+     * The kernel reports a failed writeback once and may have dropped the
+     * data, so a later fdatasync() that succeeds proves nothing.  O_DIRECT has
+     * no cached data that could be lost.
+     */
+    if (!req->desc->direct) {
+        qatomic_cmpxchg(&f->writeback_errno, 0, err);
+    }
+    return -err;
+}
+
+/*
+ * Read or write @qiov as req->type and req->flags say.
+ */
+static int raw_aio_blocking_rw_aligned(RawAIORequest *req, QEMUIOVector *qiov)
+{
+    bool fua = raw_aio_is_write(req->type) && (req->flags & BDRV_REQ_FUA);
+    int ret;
+
+    /*
+     * RWF_DSYNC may use the FUA of the device.  Not for cached files: there it
+     * would swallow a writeback error that raw_aio_blocking_flush() has to
+     * remember.  Not for writes that can't be tried again without the flag.
+     */
+    if (RAW_AIO_HAVE_RWF && fua && req->desc->direct && !req->done &&
+        raw_aio_has_preadv(req->file) && !raw_aio_once_only(req) &&
+        !raw_aio_knows(req->desc, RAW_AIO_NO_DSYNC)) {
+        ret = raw_aio_transfer_all(req, qiov, RAW_AIO_RWF_DSYNC);
+        if (ret == 0 || !raw_aio_means_unsupported(ret)) {
+            return ret;
+        }
+        /* Begin again: fdatasync() makes all of it stable. */
+        req->done = 0;
+        ret = raw_aio_transfer_all(req, qiov, 0);
+        if (ret == 0) {
+            raw_aio_learn(req->file, req->desc, RAW_AIO_NO_DSYNC);
+        }
+    } else {
+        ret = raw_aio_transfer_all(req, qiov, 0);
+    }
+
+    if (ret == 0 && fua) {
+        ret = raw_aio_blocking_flush(req);
+    }
+    return ret;
+}
+
+/*
+ * The memory or length of the request does not suit O_DIRECT: go through a
+ * buffer that does.  The block layer has seen to the offset and total length.
+ */
+static int raw_aio_blocking_rw_bounce(RawAIORequest *req)
+{
+    size_t bytes = req->qiov->size;
+    QEMUIOVector bounce;
+    void *buf;
+    int ret;
+
+    buf = qemu_try_memalign(qemu_real_host_page_size(), bytes);
+    if (!buf) {
+        return -ENOMEM;
+    }
+    qemu_iovec_init_buf(&bounce, buf, bytes);
+    if (raw_aio_is_write(req->type)) {
+        qemu_iovec_to_buf(req->qiov, 0, buf, bytes);
+    }
+    ret = raw_aio_blocking_rw_aligned(req, &bounce);
+    if (!raw_aio_is_write(req->type)) {
+        qemu_iovec_from_buf(req->qiov, 0, buf, req->done);
+    }
+    qemu_vfree(buf);
+    return ret;
+}
+
+/* PAIOFunc: whatever a read, write or flush still lacks */
+static int raw_aio_blocking(void *opaque)
+{
+    RawAIORequest *req = opaque;
+    int ret;
+
+    if (req->type & QEMU_AIO_FLUSH) {
+        return raw_aio_blocking_flush(req);
+    }
+
+    if ((req->type & QEMU_AIO_MISALIGNED) ||
+        (raw_aio_once_only(req) && !raw_aio_has_preadv(req->file))) {
+        ret = raw_aio_blocking_rw_bounce(req);
+    } else {
+        ret = raw_aio_blocking_rw_aligned(req, req->qiov);
+    }
+    if (ret == 0 && req->done < req->qiov->size) {
+        qemu_iovec_memset(req->qiov, req->done, 0,
+                          req->qiov->size - req->done);
+    }
+    return ret;
+}
+
+/*
+ * The tiers
+ */
+
+static void raw_aio_end(RawAIORequest *req, RawAIOStat tier, int ret)
+{
+    trace_raw_aio_end(req->file, req, tier, ret);
+    if (ret != -ECANCELED) {
+        raw_aio_count(req->file, tier);
+    }
+    raw_aio_put_desc(req->desc);
+    req->cb(req->opaque, ret);
+}
+
+static void raw_aio_pool_cb(void *opaque, int ret)
+{
+    RawAIORequest *req = opaque;
+
+    if (req->suspect && ret == 0) {
+        raw_aio_learn(req->file, req->desc, req->suspect);
+    }
+    raw_aio_end(req, RAW_AIO_POOL_SERVED, ret);
+}
+
+static void raw_aio_begin_pool(RawAIORequest *req)
+{
+    trace_raw_aio_begin_pool(req->file, req, req->done);
+    req->pool = (PAIORequest) {
+        .func = raw_aio_blocking,
+        .arg = req,
+        .class = req->type & QEMU_AIO_FLUSH ? PAIO_SLOW : PAIO_NORMAL,
+        .cb = raw_aio_pool_cb,
+        .opaque = req,
+    };
+    paio_submit(req->home->pool, &req->pool);
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void raw_aio_native_short(RawAIORequest *req, size_t len)
+{
+    trace_raw_aio_short(req->file, req->type, req->offset, raw_aio_bytes(req),
+                        len);
+    raw_aio_count(req->file, RAW_AIO_SHORT_TRANSFERS);
+    if (raw_aio_once_only(req)) {
+        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, len ? -EIO : -ENOSPC);
+        return;
+    }
+    req->suspect = 0;
+    req->done = len;
+    raw_aio_begin_pool(req);
+}
+
+static void raw_aio_native_failed(RawAIORequest *req, int ret)
+{
+    bool retry;
+
+    if (ret == -ECANCELED) {
+        retry = false;
+    } else if (req->laio.refused) {
+        /* Nothing has happened yet, whatever the request was. */
+        retry = true;
+    } else if (raw_aio_once_only(req)) {
+        retry = false;
+    } else {
+        /*
+         * With RWF_NOWAIT any error may be about the wait: kernels have said
+         * EIO for it (ext4 before 5.5, btrfs before 5.9).  Without it an error
+         * is an error, and a failed fdatasync must not be tried again, since
+         * the kernel reports it once.
+         */
+        retry = req->nowait || raw_aio_means_unsupported(ret);
+    }
+    if (!retry) {
+        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, ret);
+        return;
+    }
+
+    if (!raw_aio_means_unsupported(ret) && !(req->nowait && ret == -EIO)) {
+        req->suspect = 0;
+    }
+    trace_raw_aio_native_refused(req->file, req, ret);
+    raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
+    raw_aio_begin_pool(req);
+}
+
+static void raw_aio_native_cb(void *opaque, ssize_t res)
+{
+    RawAIORequest *req = opaque;
+
+    if (res < 0) {
+        raw_aio_native_failed(req, res);
+    } else if (res < raw_aio_bytes(req)) {
+        raw_aio_native_short(req, res);
+    } else {
+        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, 0);
+    }
+}
+
+/*
+ * Submit to the native tier if it may be able to serve the request.
+ *
+ * Not FUA: an error of the write and one of making it stable could not be told
+ * apart, and the second must not be hidden by a retry.
+ *
+ * Sets req->suspect to what is to blame if only the pool can do it: the flag,
+ * as long as there is one, since the tier may work without.
+ */
+static bool raw_aio_begin_native(RawAIORequest *req)
+{
+    RawAIOFile *f = req->file;
+    RawAIODesc *desc = req->desc;
+    bool is_write = raw_aio_is_write(req->type);
+    unsigned no_nowait = is_write ? RAW_AIO_NO_WRITE_NOWAIT
+                                  : RAW_AIO_NO_READ_NOWAIT;
+    unsigned no_native = is_write ? RAW_AIO_NO_WRITE_NATIVE
+                                  : RAW_AIO_NO_READ_NATIVE;
+    RawLaioRing *ring;
+
+    if (!f->native || !desc->direct || (req->type & QEMU_AIO_MISALIGNED) ||
+        (is_write && (req->flags & BDRV_REQ_FUA)) ||
+        (f->disabled & RAW_AIO_DISABLE_NATIVE)) {
+        return false;
+    }
+    if (req->type & QEMU_AIO_FLUSH) {
+        no_native = RAW_AIO_NO_FDSYNC;
+    }
+    if (raw_aio_knows(desc, no_native)) {
+        return false;
+    }
+    ring = raw_aio_context_ring(req->home);
+    if (!ring) {
+        return false;
+    }
+    stat64_max(&f->stats[RAW_AIO_RING_SIZE], raw_laio_entries(ring));
+
+    req->nowait = RAW_AIO_HAVE_IOCB_FLAGS && !(req->type & QEMU_AIO_FLUSH) &&
+                  !raw_aio_once_only(req) &&
+                  !(f->disabled & RAW_AIO_DISABLE_NOWAIT) &&
+                  !raw_aio_knows(desc, no_nowait);
+    req->suspect = req->nowait ? no_nowait : no_native;
+
+    trace_raw_aio_begin_native(f, req, req->nowait);
+    if (req->type & QEMU_AIO_FLUSH) {
+        raw_laio_prep_fdsync(&req->laio, desc->fd);
+    } else {
+        raw_laio_prep_rw(&req->laio, is_write, desc->fd, req->qiov->iov,
+                         req->qiov->niov, req->offset,
+                         req->nowait ? RAW_AIO_RWF_NOWAIT : 0);
+    }
+    req->laio.cb = raw_aio_native_cb;
+    req->laio.opaque = req;
+    raw_laio_submit(ring, &req->laio, f->aio_max_batch);
+    return true;
+}
+#else
+static bool raw_aio_begin_native(RawAIORequest *req)
+{
+    return false;
+}
+#endif
+
+/*
+ * Send a request on its way.  req->cb is called later from the event loop,
+ * never from here: that is what keeps a chain of requests, each sent from the
+ * completion of the one before, from growing the stack.
+ */
+static void raw_aio_begin(RawAIORequest *req)
+{
+    req->home = raw_aio_context_current();
+    req->desc = raw_aio_desc_ref(req->file);
+    trace_raw_aio_begin(req->file, req, req->type, req->offset,
+                        raw_aio_bytes(req));
+
+    /* 1. inline will be tried here */
+
+    /* 2. native */
+    if (raw_aio_begin_native(req)) {
+        return;
+    }
+
+    /* 3. pool */
+    raw_aio_begin_pool(req);
+}
+
+/*
+ * The coroutine form: the request lives on the stack of the coroutine
+ */
+
+typedef struct RawAIOCo {
+    Coroutine *co;
+    int ret;
+} RawAIOCo;
+
+static void raw_aio_co_cb(void *opaque, int ret)
+{
+    RawAIOCo *rco = opaque;
+
+    rco->ret = ret;
+    aio_co_wake(rco->co);
+}
+
+static int coroutine_fn raw_aio_co_request(RawAIORequest *req)
+{
+    RawAIOCo rco = { .co = qemu_coroutine_self() };
+
+    req->cb = raw_aio_co_cb;
+    req->opaque = &rco;
+    raw_aio_begin(req);
+    qemu_coroutine_yield();
+    return rco.ret;
+}
+
+int coroutine_fn raw_aio_co_rw(RawAIOFile *f, int type, int64_t offset,
+                               QEMUIOVector *qiov, BdrvRequestFlags flags)
+{
+    RawAIORequest req = {
+        .file = f,
+        .type = type,
+        .flags = flags,
+        .offset = offset,
+        .qiov = qiov,
+    };
+
+    return raw_aio_co_request(&req);
+}
+
+int coroutine_fn raw_aio_co_flush(RawAIOFile *f)
+{
+    RawAIORequest req = { .file = f, .type = QEMU_AIO_FLUSH };
+
+    return raw_aio_co_request(&req);
+}
+
+int coroutine_fn raw_aio_co_run(RawAIOFile *f, PAIOClass class, int *fd,
+                                PAIOFunc *func, void *arg)
+{
+    PAIOPool *pool = raw_aio_current_pool();
+    RawAIODesc *desc;
+    int ret;
+
+    if (!f) {
+        return paio_co_submit(pool, class, func, arg);
+    }
+    desc = raw_aio_get_desc(f, fd);
+    ret = paio_co_submit(pool, class, func, arg);
+    raw_aio_count(f, RAW_AIO_POOL_SERVED);
+    raw_aio_put_desc(desc);
+    return ret;
+}
+
+/*
+ * The callback form
+ */
+
+typedef struct RawAIOCB {
+    BlockAIOCB common;
+    RawAIORequest req;
+} RawAIOCB;
+
+static void raw_aio_cancel_async(BlockAIOCB *common)
+{
+    RawAIORequest *req = &container_of(common, RawAIOCB, common)->req;
+
+#ifdef CONFIG_LINUX_AIO
+    if (req->home->ring && raw_laio_cancel(req->home->ring, &req->laio)) {
+        return;
+    }
+#endif
+    paio_cancel(req->home->pool, &req->pool);
+}
+
+static const AIOCBInfo raw_aio_aiocb_info = {
+    .aiocb_size = sizeof(RawAIOCB),
+    .cancel_async = raw_aio_cancel_async,
+};
+
+static void raw_aio_acb_cb(void *opaque, int ret)
+{
+    RawAIOCB *acb = opaque;
+
+    acb->common.cb(acb->common.opaque, ret);
+    qemu_aio_unref(acb);
+    /* bdrv_aio_cancel() may wait for the reference in the main thread. */
+    aio_wait_kick();
+}
+
+BlockAIOCB *raw_aio_submit(RawAIOFile *f, int type, int64_t offset,
+                           QEMUIOVector *qiov, BdrvRequestFlags flags,
+                           BlockCompletionFunc *cb, void *opaque)
+{
+    RawAIOCB *acb = qemu_aio_get(&raw_aio_aiocb_info, NULL, cb, opaque);
+
+    acb->req = (RawAIORequest) {
+        .file = f,
+        .type = type,
+        .flags = flags,
+        .offset = offset,
+        .qiov = qiov,
+        .cb = raw_aio_acb_cb,
+        .opaque = acb,
+    };
+    raw_aio_begin(&acb->req);
+    return &acb->common;
+}
+
+/*
+ * Files
+ */
+
+static unsigned raw_aio_parse_switches(const char *list)
+{
+    static const struct {
+        const char *name;
+        RawAIOSwitch bit;
+    } names[] = {
+        { "inline", RAW_AIO_DISABLE_INLINE },
+        { "native", RAW_AIO_DISABLE_NATIVE },
+        { "nowait", RAW_AIO_DISABLE_NOWAIT },
+        { "preadv", RAW_AIO_DISABLE_PREADV },
+    };
+    g_auto(GStrv) words = g_strsplit(list, ",", -1);
+    unsigned disabled = 0;
+
+    for (char **word = words; *word; word++) {
+        unsigned bit = 0;
+
+        for (int i = 0; i < ARRAY_SIZE(names); i++) {
+            if (!strcmp(*word, names[i].name)) {
+                bit = names[i].bit;
+            }
+        }
+        if (!bit && **word) {
+            warn_report_once("QEMU_RAW_AIO_DISABLE: '%s' is not one of inline, "
+                             "native, nowait, preadv", *word);
+        }
+        disabled |= bit;
+    }
+    return disabled;
+}
+
+void raw_aio_open(RawAIOFile *f, int fd, bool native, uint64_t aio_max_batch)
+{
+    const char *switches = getenv("QEMU_RAW_AIO_DISABLE");
+
+    *f = (RawAIOFile) {
+        .native = native,
+        .aio_max_batch = aio_max_batch,
+        .disabled = switches ? raw_aio_parse_switches(switches) : 0,
+        .desc = raw_aio_desc_new(fd),
+    };
+    trace_raw_aio_open(f, fd, f->desc->direct, native);
+}
+
+void raw_aio_set_fd(RawAIOFile *f, int fd)
+{
+    RawAIODesc *desc = raw_aio_desc_new(fd);
+
+    trace_raw_aio_open(f, fd, desc->direct, f->native);
+    /* Pairs with the read in raw_aio_desc_ref(). */
+    desc = qatomic_xchg(&f->desc, desc);
+    raw_aio_put_desc(desc);
+}
+
+void raw_aio_close(RawAIOFile *f)
+{
+    assert(qatomic_read(&f->desc->refcnt) == 1);
+    raw_aio_put_desc(f->desc);
+    f->desc = NULL;
+}
+
+BlockStatsRawAio *raw_aio_query_stats(RawAIOFile *f)
+{
+    BlockStatsRawAio *stats = g_new(BlockStatsRawAio, 1);
+
+    *stats = (BlockStatsRawAio) {
+        .inline_served = stat64_get(&f->stats[RAW_AIO_INLINE_SERVED]),
+        .inline_refused = stat64_get(&f->stats[RAW_AIO_INLINE_REFUSED]),
+        .native_served = stat64_get(&f->stats[RAW_AIO_NATIVE_SERVED]),
+        .native_refused = stat64_get(&f->stats[RAW_AIO_NATIVE_REFUSED]),
+        .pool_served = stat64_get(&f->stats[RAW_AIO_POOL_SERVED]),
+        .slow_submissions = stat64_get(&f->stats[RAW_AIO_SLOW_SUBMISSIONS]),
+        .short_transfers = stat64_get(&f->stats[RAW_AIO_SHORT_TRANSFERS]),
+        .ring_size = stat64_get(&f->stats[RAW_AIO_RING_SIZE]),
+    };
+    return stats;
+}

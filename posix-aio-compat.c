@@ -1,0 +1,789 @@
+/*
+ * Thread pool that runs blocking system calls for an AioContext
+ *
+ * A request travels in one direction:
+ *
+ *   incoming   what the home thread submitted in this turn; needs no lock
+ *      |       paio_hand_over(): one lock and as many wake-ups as there is
+ *      v       work for idle workers
+ *    queue     one list for each class, protected by the lock
+ *      |       paio_take_locked(): a worker takes the oldest that it may
+ *      v
+ *   (worker)   func(arg), without the lock
+ *      |       paio_push_done(): lock-free; only the first request on an
+ *      v       empty list wakes the event loop
+ *     done
+ *      |       paio_done_bh(): takes the whole list at once
+ *      v
+ *    ready     in the order of completion, needs no lock
+ *      |
+ *      v
+ *    cb(opaque, ret)
+ *
+ * "Home thread" is whoever runs the AioContext: its IOThread or, for the main
+ * context, whoever holds the BQL (which may be a vCPU thread that submits).
+ *
+ * Only the home thread creates workers, so that they inherit the affinity of
+ * the event loop and not of a vCPU.  They are added when requests have waited
+ * for PAIO_GROW_NS with no worker idle, which a timer of the AioContext
+ * notices: the next submission may never come while all workers are blocked,
+ * for example in a FUSE file system that this process itself serves.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/atomic.h"
+#include "qemu/coroutine.h"
+#include "qemu/defer-call.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "qemu/thread.h"
+#include "qemu/timer.h"
+#include "qemu/tsan.h"
+#include "posix-aio-compat.h"
+#include "trace/trace-root.h"
+
+/*
+ * How long a request waits in the queue before a worker is added.  A few times
+ * a device access or a thread switch, so that a burst that the existing
+ * workers can digest creates no threads.
+ */
+#define PAIO_GROW_NS (500 * SCALE_US)
+
+/* How long a surplus worker waits for work, as in util/thread-pool.c. */
+#define PAIO_IDLE_MS (10 * 1000)
+
+/* After a failed thread creation, how long the other workers have to do. */
+#define PAIO_CREATE_RETRY_NS NANOSECONDS_PER_SECOND
+
+typedef QTAILQ_HEAD(, PAIORequest) PAIORequestList;
+
+typedef struct PAIOWorker {
+    PAIOPool *pool;
+    pthread_t thread;
+    /* Waits for @woken with PAIOPool.lock. */
+    QemuCond cond;
+
+    /* Protected by PAIOPool.lock. */
+    bool woken;     /* taken off the idle list by someone who has work */
+    bool borrowed;  /* created by a vCPU thread: goes when it has no work */
+    bool retired;   /* does nothing any more but return */
+    QLIST_ENTRY(PAIOWorker) idle_next;
+
+    /* In PAIOPool.workers: home thread. */
+    QLIST_ENTRY(PAIOWorker) next;
+} PAIOWorker;
+
+struct PAIOPool {
+    /* Constant until paio_pool_free() */
+    AioContext *ctx;
+    QEMUBH *flush_bh;   /* scheduled and cancelled by the home thread only */
+    QEMUBH *done_bh;
+    QEMUBH *manage_bh;
+
+    /* Owned by the home thread. */
+    PAIORequestList incoming;
+    PAIORequestList ready;
+    unsigned nr_ready;  /* length of ready */
+    unsigned in_flight; /* submitted, callback not called yet */
+    QLIST_HEAD(, PAIOWorker) workers;   /* until they are joined */
+    QEMUTimer grow_timer;
+    int64_t no_create_before_ns;
+
+    /*
+     * Finished requests, newest first.  Pushed by workers with cmpxchg, taken
+     * as a whole by the home thread with xchg.
+     */
+    PAIORequest *done;
+
+    QemuMutex lock;
+
+    /* The fields below are protected by lock. */
+    PAIORequestList queue[PAIO_CLASS__MAX];
+    int nr_queued[PAIO_CLASS__MAX];
+    uint64_t seq;
+    QLIST_HEAD(, PAIOWorker) idle;
+    int nr_workers;     /* created and not retired */
+    int nr_idle;        /* in the idle list */
+    int nr_waking;      /* on their way to the queue: woken or just created */
+    int nr_slow;        /* workers that run a PAIO_SLOW request */
+    int min_threads;
+    int max_threads;
+    int nr_peak;
+    bool stopping;
+    uint64_t create_failed;
+    uint64_t run_at_home;
+};
+
+/*
+ * Queue and workers.  Everything here is called with pool->lock held.
+ */
+
+static int paio_slow_room_locked(PAIOPool *pool)
+{
+    return MAX(1, pool->max_threads - 1) - pool->nr_slow;
+}
+
+/* How many of the queued requests a worker would be allowed to take now */
+static int paio_runnable_locked(PAIOPool *pool)
+{
+    int slow = MIN(pool->nr_queued[PAIO_SLOW], paio_slow_room_locked(pool));
+
+    return pool->nr_queued[PAIO_NORMAL] + MAX(slow, 0);
+}
+
+/* The request to be taken next, or NULL if none may be taken */
+static PAIORequest *paio_next_locked(PAIOPool *pool)
+{
+    PAIORequest *normal = QTAILQ_FIRST(&pool->queue[PAIO_NORMAL]);
+    PAIORequest *slow = QTAILQ_FIRST(&pool->queue[PAIO_SLOW]);
+
+    if (!slow || paio_slow_room_locked(pool) <= 0) {
+        return normal;
+    }
+    return normal && normal->seq < slow->seq ? normal : slow;
+}
+
+static void paio_unqueue_locked(PAIOPool *pool, PAIORequest *req)
+{
+    assert(req->state == PAIO_QUEUED);
+    QTAILQ_REMOVE(&pool->queue[req->class], req, next);
+    pool->nr_queued[req->class]--;
+    req->state = PAIO_TAKEN;
+}
+
+static PAIORequest *paio_take_locked(PAIOPool *pool)
+{
+    PAIORequest *req = paio_next_locked(pool);
+
+    if (req) {
+        paio_unqueue_locked(pool, req);
+        if (req->class == PAIO_SLOW) {
+            pool->nr_slow++;
+        }
+    }
+    return req;
+}
+
+static void paio_wake_one_locked(PAIOPool *pool)
+{
+    /* Last in, first out: the caches are warm, and the others may expire. */
+    PAIOWorker *w = QLIST_FIRST(&pool->idle);
+
+    QLIST_REMOVE(w, idle_next);
+    pool->nr_idle--;
+    pool->nr_waking++;
+    w->woken = true;
+    qemu_cond_signal(&w->cond);
+}
+
+/* Wake as many idle workers as there is work for, and no more. */
+static void paio_wake_locked(PAIOPool *pool)
+{
+    int n = MIN(paio_runnable_locked(pool) - pool->nr_waking, pool->nr_idle);
+
+    for (; n > 0; n--) {
+        paio_wake_one_locked(pool);
+    }
+}
+
+static bool paio_surplus_locked(PAIOPool *pool)
+{
+    return pool->stopping || pool->nr_workers > pool->max_threads;
+}
+
+/*
+ * Wait for work.  Returns false if the worker is to go since nothing came, and
+ * nothing can have been handed to it.
+ */
+static bool paio_wait_locked(PAIOPool *pool, PAIOWorker *w)
+{
+    if (w->borrowed) {
+        return false;
+    }
+
+    QLIST_INSERT_HEAD(&pool->idle, w, idle_next);
+    pool->nr_idle++;
+
+    while (!w->woken) {
+        if (!qemu_cond_timedwait(&w->cond, &pool->lock, PAIO_IDLE_MS) &&
+            !w->woken && pool->nr_workers > pool->min_threads) {
+            QLIST_REMOVE(w, idle_next);
+            pool->nr_idle--;
+            return false;
+        }
+    }
+    w->woken = false;
+    pool->nr_waking--;
+    return true;
+}
+
+/*
+ * Workers
+ */
+
+static void paio_push_done(PAIOPool *pool, PAIORequest *req)
+{
+    PAIORequest *old = qatomic_read(&pool->done);
+    PAIORequest *cur;
+
+    for (;;) {
+        req->done_next = old;
+        /*
+         * Publishes req->ret and whatever func() wrote; pairs with the xchg
+         * in paio_collect_done().  From here on @req may be gone.
+         */
+        cur = qatomic_cmpxchg(&pool->done, old, req);
+        if (cur == old) {
+            break;
+        }
+        old = cur;
+    }
+
+    /*
+     * Not the first: whoever was has scheduled the bottom half, which has not
+     * emptied the list yet, so it will see this one as well.
+     */
+    if (!old) {
+        qemu_bh_schedule(pool->done_bh);
+    }
+}
+
+static void paio_run(PAIOPool *pool, PAIORequest *req)
+{
+    req->ret = req->func(req->arg);
+    paio_push_done(pool, req);
+}
+
+static void *paio_worker(void *opaque)
+{
+    PAIOWorker *w = opaque;
+    PAIOPool *pool = w->pool;
+
+#if defined(CONFIG_PTHREAD_SETNAME_NP_W_TID)
+    pthread_setname_np(pthread_self(), "paio-worker");
+#endif
+    QEMU_TSAN_ANNOTATE_THREAD_NAME("paio-worker");
+
+    qemu_mutex_lock(&pool->lock);
+    pool->nr_waking--;
+    while (!paio_surplus_locked(pool)) {
+        PAIORequest *req = paio_take_locked(pool);
+        bool slow;
+
+        if (!req) {
+            if (!paio_wait_locked(pool, w)) {
+                break;
+            }
+            continue;
+        }
+        slow = req->class == PAIO_SLOW;
+
+        qemu_mutex_unlock(&pool->lock);
+        paio_run(pool, req);
+        qemu_mutex_lock(&pool->lock);
+
+        if (slow) {
+            pool->nr_slow--;
+        }
+    }
+
+    pool->nr_workers--;
+    w->retired = true;
+    /* If this worker was woken for work, someone else has to do it. */
+    paio_wake_locked(pool);
+    if (!pool->stopping) {
+        qemu_bh_schedule(pool->manage_bh);
+    }
+    qemu_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+/*
+ * Creation of workers: home thread only
+ */
+
+/* Returns: 0 or a positive errno, as pthread_create() does */
+static int paio_create_thread(PAIOWorker *w)
+{
+    sigset_t set, oldset;
+    int err;
+
+    /*
+     * Not qemu_thread_create(), which ends the process when there can be no
+     * more threads.  Signals are for the main thread; those which the thread
+     * raises itself can't be blocked.
+     */
+    sigfillset(&set);
+    sigdelset(&set, SIGSEGV);
+    sigdelset(&set, SIGFPE);
+    sigdelset(&set, SIGILL);
+    pthread_sigmask(SIG_SETMASK, &set, &oldset);
+    err = pthread_create(&w->thread, NULL, paio_worker, w);
+    pthread_sigmask(SIG_SETMASK, &oldset, NULL);
+    return err;
+}
+
+/*
+ * A nested event loop of the main context can run in a vCPU thread, whose
+ * affinity is not what a worker should have for long.
+ */
+static bool paio_in_foreign_thread(PAIOPool *pool)
+{
+#ifdef CONFIG_LINUX
+    return pool->ctx == qemu_get_aio_context() &&
+           qemu_get_thread_id() != getpid();
+#else
+    return false;
+#endif
+}
+
+static void paio_worker_free(PAIOWorker *w)
+{
+    qemu_cond_destroy(&w->cond);
+    g_free(w);
+}
+
+static void paio_join(PAIOWorker *w)
+{
+    pthread_join(w->thread, NULL);
+    QLIST_REMOVE(w, next);
+    paio_worker_free(w);
+}
+
+static void paio_join_retired(PAIOPool *pool)
+{
+    PAIOWorker *w, *tmp;
+
+    QLIST_FOREACH_SAFE(w, &pool->workers, next, tmp) {
+        bool retired;
+
+        WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            retired = w->retired;
+        }
+        if (retired) {
+            paio_join(w);
+        }
+    }
+}
+
+/* Add a worker.  Returns: 0, or a negative errno if that is impossible now */
+static int paio_add_worker(PAIOPool *pool)
+{
+    PAIOWorker *w = g_new0(PAIOWorker, 1);
+    int err;
+
+    w->pool = pool;
+    w->borrowed = paio_in_foreign_thread(pool);
+    qemu_cond_init(&w->cond);
+
+    /* Counted before it runs, so that nobody wants one more meanwhile. */
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        pool->nr_workers++;
+        pool->nr_waking++;
+    }
+
+    err = paio_create_thread(w);
+    trace_paio_create_thread(pool, pool->ctx, err);
+
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        if (err) {
+            pool->nr_workers--;
+            pool->nr_waking--;
+            pool->create_failed++;
+        } else {
+            pool->nr_peak = MAX(pool->nr_peak, pool->nr_workers);
+        }
+    }
+    if (err) {
+        pool->no_create_before_ns =
+            qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + PAIO_CREATE_RETRY_NS;
+        paio_worker_free(w);
+        return -err;
+    }
+    QLIST_INSERT_HEAD(&pool->workers, w, next);
+    return 0;
+}
+
+/*
+ * The last resort: no worker exists and none can be created.  Serve what is
+ * queued now in the event loop, which is better than never.
+ */
+static void paio_run_at_home(PAIOPool *pool, int err)
+{
+    PAIORequest *req;
+    uint64_t end;
+
+    warn_report_once("No worker thread can be created for disk I/O (%s): the "
+                     "event loop does the work and may stall; raise the limit "
+                     "on processes and threads", strerror(-err));
+
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        end = pool->seq;
+    }
+    do {
+        WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            req = paio_next_locked(pool);
+            if (req && req->seq < end) {
+                paio_unqueue_locked(pool, req);
+                pool->run_at_home++;
+            } else {
+                req = NULL;
+            }
+        }
+        if (req) {
+            trace_paio_run_at_home(pool, req);
+            paio_run(pool, req);
+        }
+    } while (req);
+}
+
+static void paio_arm_grow_timer(PAIOPool *pool, int64_t now)
+{
+    if (!timer_pending(&pool->grow_timer)) {
+        timer_mod(&pool->grow_timer, now + PAIO_GROW_NS);
+    }
+}
+
+/*
+ * Join the workers that went, and create those which have to exist whatever the
+ * load: thread-pool-min, and one as soon as there is work.
+ */
+static void paio_manage_bh(void *opaque)
+{
+    PAIOPool *pool = opaque;
+    int err = 0;
+
+    paio_join_retired(pool);
+
+    for (;;) {
+        bool waiting, missing, none;
+
+        WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            waiting = paio_runnable_locked(pool) > pool->nr_waking;
+            none = !pool->nr_workers;
+            missing = pool->nr_workers < pool->min_threads ||
+                      (none && waiting);
+        }
+        if (missing && !err) {
+            err = paio_add_worker(pool);
+            continue;
+        }
+        if (waiting && none) {
+            paio_run_at_home(pool, err);
+        } else if (waiting) {
+            paio_arm_grow_timer(pool, qemu_clock_get_ns(QEMU_CLOCK_REALTIME));
+        }
+        return;
+    }
+}
+
+static void paio_grow_timer_cb(void *opaque)
+{
+    PAIOPool *pool = opaque;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    bool waiting, grow;
+
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        PAIORequest *req = paio_next_locked(pool);
+
+        waiting = req && !pool->nr_idle && !pool->nr_waking &&
+                  pool->nr_workers < pool->max_threads;
+        grow = waiting && now - req->queued_ns >= PAIO_GROW_NS;
+    }
+    if (grow && now >= pool->no_create_before_ns) {
+        paio_add_worker(pool);
+    }
+    if (waiting) {
+        paio_arm_grow_timer(pool, now);
+    }
+}
+
+/*
+ * Submission: home thread only
+ */
+
+/* Give what has come in to the workers. */
+static void paio_hand_over(void *opaque)
+{
+    PAIOPool *pool = opaque;
+    bool none, grow;
+    PAIORequest *req;
+    int64_t now;
+    unsigned n = 0;
+
+    qemu_bh_cancel(pool->flush_bh);
+    if (QTAILQ_EMPTY(&pool->incoming)) {
+        return;
+    }
+
+    now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        while ((req = QTAILQ_FIRST(&pool->incoming))) {
+            QTAILQ_REMOVE(&pool->incoming, req, next);
+            req->seq = pool->seq++;
+            req->queued_ns = now;
+            req->state = PAIO_QUEUED;
+            QTAILQ_INSERT_TAIL(&pool->queue[req->class], req, next);
+            pool->nr_queued[req->class]++;
+            n++;
+        }
+        paio_wake_locked(pool);
+        none = !pool->nr_workers;
+        grow = paio_runnable_locked(pool) > pool->nr_waking &&
+               pool->nr_workers < pool->max_threads;
+    }
+    trace_paio_hand_over(pool, n);
+
+    if (none) {
+        qemu_bh_schedule(pool->manage_bh);
+    } else if (grow) {
+        paio_arm_grow_timer(pool, now);
+    }
+}
+
+void paio_submit(PAIOPool *pool, PAIORequest *req)
+{
+    assert(pool->ctx == qemu_get_current_aio_context());
+
+    trace_paio_submit(pool, req, req->class);
+    req->state = PAIO_INCOMING;
+    QTAILQ_INSERT_TAIL(&pool->incoming, req, next);
+    pool->in_flight++;
+
+    defer_call(paio_hand_over, pool);
+    if (QTAILQ_FIRST(&pool->incoming) == req) {
+        /*
+         * The first within a defer_call section.  A nested event loop inside
+         * it may wait for this very request, so that loop has to be able to
+         * hand it over.
+         */
+        qemu_bh_schedule(pool->flush_bh);
+    }
+}
+
+/*
+ * Completion: home thread only
+ */
+
+static void paio_make_ready(PAIOPool *pool, PAIORequest *req)
+{
+    QTAILQ_INSERT_TAIL(&pool->ready, req, next);
+    pool->nr_ready++;
+}
+
+/* Move what the workers have finished to pool->ready, oldest first. */
+static void paio_collect_done(PAIOPool *pool)
+{
+    PAIORequest *newest, *oldest = NULL;
+
+    /*
+     * Pairs with the cmpxchg in paio_push_done().  The list is empty now, so
+     * the next worker to push schedules done_bh.
+     */
+    newest = qatomic_xchg(&pool->done, NULL);
+    while (newest) {
+        PAIORequest *next = newest->done_next;
+
+        newest->done_next = oldest;
+        oldest = newest;
+        newest = next;
+    }
+    for (; oldest; oldest = oldest->done_next) {
+        paio_make_ready(pool, oldest);
+    }
+}
+
+/*
+ * Deliver what was done when the dispatch began.
+ *
+ * Two things must hold whatever a callback does.  It may run a nested event
+ * loop that waits for another finished request: these stay in pool->ready,
+ * which is reached through pool, and done_bh is scheduled again before each
+ * callback that leaves some there.  And it may submit a new request that
+ * finishes at once, and so on: budget bounds the dispatch, the rest waits for
+ * the next turn of the event loop, after timers and other handlers.
+ */
+static void paio_done_bh(void *opaque)
+{
+    PAIOPool *pool = opaque;
+    PAIORequest *req;
+    unsigned budget;
+
+    paio_collect_done(pool);
+    budget = pool->nr_ready;
+
+    defer_call_begin(); /* what the callbacks submit is handed over together */
+    while (budget-- && (req = QTAILQ_FIRST(&pool->ready))) {
+        BlockCompletionFunc *cb = req->cb;
+        void *cb_opaque = req->opaque;
+        int ret = req->ret;
+
+        QTAILQ_REMOVE(&pool->ready, req, next);
+        pool->nr_ready--;
+        if (!QTAILQ_EMPTY(&pool->ready)) {
+            qemu_bh_schedule(pool->done_bh);
+        }
+        req->state = PAIO_IDLE;
+        pool->in_flight--;
+        trace_paio_complete(pool, req, ret);
+        cb(cb_opaque, ret);
+    }
+    defer_call_end();
+
+    if (!QTAILQ_EMPTY(&pool->ready)) {
+        qemu_bh_schedule(pool->done_bh);
+    } else {
+        /*
+         * Spare the loop the turn that was scheduled above for a nested loop
+         * that did not come.  A worker may have scheduled it as well: look
+         * after cancelling, which is a full barrier.  It pairs with the push
+         * before the schedule in paio_push_done().
+         */
+        qemu_bh_cancel(pool->done_bh);
+        smp_mb__after_rmw();
+        if (qatomic_read(&pool->done)) {
+            qemu_bh_schedule(pool->done_bh);
+        }
+    }
+}
+
+bool paio_cancel(PAIOPool *pool, PAIORequest *req)
+{
+    assert(pool->ctx == qemu_get_current_aio_context());
+
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        switch (req->state) {
+        case PAIO_INCOMING:
+            QTAILQ_REMOVE(&pool->incoming, req, next);
+            req->state = PAIO_TAKEN;
+            break;
+        case PAIO_QUEUED:
+            paio_unqueue_locked(pool, req);
+            break;
+        default:
+            return false;
+        }
+    }
+    trace_paio_cancel(pool, req);
+    req->ret = -ECANCELED;
+    paio_make_ready(pool, req);
+    qemu_bh_schedule(pool->done_bh);
+    return true;
+}
+
+typedef struct PAIOCo {
+    Coroutine *co;
+    int ret;
+} PAIOCo;
+
+static void paio_co_cb(void *opaque, int ret)
+{
+    PAIOCo *pco = opaque;
+
+    pco->ret = ret;
+    aio_co_wake(pco->co);
+}
+
+int coroutine_fn paio_co_submit(PAIOPool *pool, PAIOClass class,
+                                PAIOFunc *func, void *arg)
+{
+    PAIOCo pco = { .co = qemu_coroutine_self() };
+    PAIORequest req = {
+        .func = func,
+        .arg = arg,
+        .class = class,
+        .cb = paio_co_cb,
+        .opaque = &pco,
+    };
+
+    paio_submit(pool, &req);
+    qemu_coroutine_yield();
+    return pco.ret;
+}
+
+/*
+ * Life cycle
+ */
+
+void paio_pool_update_params(PAIOPool *pool)
+{
+    bool manage;
+
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        pool->min_threads = qatomic_read(&pool->ctx->thread_pool_min);
+        pool->max_threads = qatomic_read(&pool->ctx->thread_pool_max);
+
+        /* Those which are busy look for themselves when they are done. */
+        for (int n = pool->nr_workers - pool->max_threads;
+             n > 0 && pool->nr_idle; n--) {
+            paio_wake_one_locked(pool);
+        }
+        manage = pool->nr_workers < pool->min_threads ||
+                 paio_runnable_locked(pool) > 0;
+    }
+    if (manage) {
+        qemu_bh_schedule(pool->manage_bh);
+    }
+}
+
+void paio_pool_get_info(PAIOPool *pool, PAIOPoolInfo *info)
+{
+    QEMU_LOCK_GUARD(&pool->lock);
+
+    *info = (PAIOPoolInfo) {
+        .threads = pool->nr_workers,
+        .threads_peak = pool->nr_peak,
+        .idle = pool->nr_idle,
+        .queued = pool->nr_queued[PAIO_NORMAL] + pool->nr_queued[PAIO_SLOW],
+        .create_failed = pool->create_failed,
+        .run_at_home = pool->run_at_home,
+    };
+}
+
+PAIOPool *paio_pool_new(AioContext *ctx)
+{
+    PAIOPool *pool = g_new0(PAIOPool, 1);
+
+    pool->ctx = ctx;
+    pool->flush_bh = aio_bh_new(ctx, paio_hand_over, pool);
+    pool->done_bh = aio_bh_new(ctx, paio_done_bh, pool);
+    pool->manage_bh = aio_bh_new(ctx, paio_manage_bh, pool);
+    aio_timer_init(ctx, &pool->grow_timer, QEMU_CLOCK_REALTIME, SCALE_NS,
+                   paio_grow_timer_cb, pool);
+    QTAILQ_INIT(&pool->incoming);
+    QTAILQ_INIT(&pool->ready);
+
+    qemu_mutex_init(&pool->lock);
+    for (int i = 0; i < PAIO_CLASS__MAX; i++) {
+        QTAILQ_INIT(&pool->queue[i]);
+    }
+    QLIST_INIT(&pool->idle);
+    QLIST_INIT(&pool->workers);
+    pool->max_threads = 1;
+    return pool;
+}
+
+void paio_pool_free(PAIOPool *pool)
+{
+    assert(!pool->in_flight);
+
+    timer_del(&pool->grow_timer);
+    WITH_QEMU_LOCK_GUARD(&pool->lock) {
+        pool->stopping = true;
+        while (pool->nr_idle) {
+            paio_wake_one_locked(pool);
+        }
+    }
+    while (!QLIST_EMPTY(&pool->workers)) {
+        paio_join(QLIST_FIRST(&pool->workers));
+    }
+
+    qemu_bh_delete(pool->flush_bh);
+    qemu_bh_delete(pool->done_bh);
+    qemu_bh_delete(pool->manage_bh);
+    qemu_mutex_destroy(&pool->lock);
+    g_free(pool);
+}
