@@ -48,7 +48,7 @@ enum {
 struct RawAIODesc {
     struct rcu_head rcu;    /* first, as g_free_rcu() wants it */
     int fd;                 /* constant */
-    bool direct;            /* O_DIRECT; constant, F_SETFL is not used to change it */
+    bool direct;            /* O_DIRECT; constant, nobody changes it */
     int refcnt;             /* atomic */
     unsigned learnt;        /* atomic, bits are only added */
 };
@@ -231,13 +231,13 @@ static RawAIOContext *raw_aio_context_new(AioContext *ctx)
     home->ctx = ctx;
     home->pool = paio_pool_new(ctx);
 
-    /*
-     * Another thread may change thread-pool-min/max right now.  Publish first,
-     * read then; it writes first and looks for the hook then.  Pairs with the
-     * smp_mb() in aio_context_set_thread_pool_params(): at least one of the
-     * two sees what the other wrote.
-     */
     qatomic_store_release(&ctx->raw_aio, &home->hook);
+    /*
+     * Another thread may change thread-pool-min/max right now.  It writes them
+     * and then looks for the hook; here the hook was written, and they are read
+     * now.  Pairs with the smp_mb() in aio_context_set_thread_pool_params(): at
+     * least one of the two sees what the other wrote.
+     */
     smp_mb();
     paio_pool_update_params(home->pool);
     return home;
@@ -365,7 +365,9 @@ static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
         }
 
         if (len < 0) {
-            if (errno == EINVAL && !is_write && req->desc->direct && req->done) {
+            int ret = -errno;
+
+            if (ret == -EINVAL && !is_write && req->desc->direct && req->done) {
                 if (raw_aio_at_eof(req->desc->fd, offset)) {
                     return 0;
                 }
@@ -375,9 +377,8 @@ static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
                     req->done = 0;
                     continue;
                 }
-                errno = EINVAL;
             }
-            return -errno;
+            return ret;
         }
         if (len == 0) {
             return is_write ? -ENOSPC : 0;
