@@ -189,9 +189,10 @@ static void paio_wake_locked(PAIOPool *pool)
     }
 }
 
-static bool paio_surplus_locked(PAIOPool *pool)
+static bool paio_surplus_locked(PAIOPool *pool, PAIOWorker *w)
 {
-    return pool->stopping || pool->nr_workers > pool->max_threads;
+    return pool->stopping || pool->nr_workers > pool->max_threads ||
+           (w->borrowed && pool->nr_workers > 1);
 }
 
 /*
@@ -269,7 +270,7 @@ static void *paio_worker(void *opaque)
 
     qemu_mutex_lock(&pool->lock);
     pool->nr_waking--;
-    while (!paio_surplus_locked(pool)) {
+    while (!paio_surplus_locked(pool, w)) {
         PAIORequest *req = paio_take_locked(pool);
         bool slow;
 
@@ -393,6 +394,8 @@ static int paio_add_worker(PAIOPool *pool)
             pool->nr_workers--;
             pool->nr_waking--;
             pool->create_failed++;
+            /* Others may have counted on it. */
+            paio_wake_locked(pool);
         } else {
             pool->nr_peak = MAX(pool->nr_peak, pool->nr_workers);
         }
@@ -408,97 +411,97 @@ static int paio_add_worker(PAIOPool *pool)
 }
 
 /*
- * The last resort: no worker exists and none can be created.  Serve what is
- * queued now in the event loop, which is better than never.
+ * The last resort: no worker exists and none can be created.  Serve one request
+ * in the event loop, which is better than never, and let the loop turn.
  */
 static void paio_run_at_home(PAIOPool *pool, int err)
 {
     PAIORequest *req;
-    uint64_t end;
 
     warn_report_once("No worker thread can be created for disk I/O (%s): the "
                      "event loop does the work and may stall; raise the limit "
                      "on processes and threads", strerror(-err));
 
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
-        end = pool->seq;
-    }
-    do {
-        WITH_QEMU_LOCK_GUARD(&pool->lock) {
-            req = paio_next_locked(pool);
-            if (req && req->seq < end) {
-                paio_unqueue_locked(pool, req);
-                pool->run_at_home++;
-            } else {
-                req = NULL;
-            }
-        }
+        req = paio_next_locked(pool);
         if (req) {
-            trace_paio_run_at_home(pool, req);
-            paio_run(pool, req);
+            paio_unqueue_locked(pool, req);
+            pool->run_at_home++;
         }
-    } while (req);
+    }
+    if (req) {
+        trace_paio_run_at_home(pool, req);
+        paio_run(pool, req);
+    }
+    qemu_bh_schedule(pool->manage_bh);
 }
 
-static void paio_arm_grow_timer(PAIOPool *pool, int64_t now)
+static void paio_arm_timer(PAIOPool *pool, int64_t now)
 {
     if (!timer_pending(&pool->grow_timer)) {
-        timer_mod(&pool->grow_timer, now + PAIO_GROW_NS);
+        timer_mod(&pool->grow_timer,
+                  MAX(now + PAIO_GROW_NS, pool->no_create_before_ns));
     }
+}
+
+/* More work than workers on their way to it, though there could be more */
+static bool paio_short_of_workers_locked(PAIOPool *pool)
+{
+    return paio_runnable_locked(pool) > pool->nr_waking &&
+           pool->nr_workers < pool->max_threads;
 }
 
 /*
- * Join the workers that went, and create those which have to exist whatever the
- * load: thread-pool-min, and one as soon as there is work.
+ * See that there are enough workers: thread-pool-min, one as soon as there is
+ * work, and one more if a request has waited for PAIO_GROW_NS and no worker is
+ * on its way.  As long as that can change without a new request, look again.
  */
+static void paio_manage(PAIOPool *pool)
+{
+    /* Leave to the main loop what it can do later with the right affinity. */
+    bool foreign = paio_in_foreign_thread(pool);
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    bool below_min, lacking, none;
+    bool grown = false;
+    int err = 0;
+
+    for (;;) {
+        bool grow;
+
+        WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            paio_wake_locked(pool);
+            none = !pool->nr_workers;
+            below_min = pool->nr_workers < pool->min_threads;
+            lacking = paio_short_of_workers_locked(pool);
+            grow = lacking && !pool->nr_waking && !grown &&
+                   now >= pool->no_create_before_ns &&
+                   now - paio_next_locked(pool)->queued_ns >= PAIO_GROW_NS;
+        }
+        if (err || !((below_min && !foreign) || (lacking && none) || grow)) {
+            break;
+        }
+        err = paio_add_worker(pool);
+        grown = true;
+    }
+
+    if (err && lacking && none) {
+        paio_run_at_home(pool, err);
+    } else if (lacking || below_min) {
+        paio_arm_timer(pool, now);
+    }
+}
+
 static void paio_manage_bh(void *opaque)
 {
     PAIOPool *pool = opaque;
-    int err = 0;
 
     paio_join_retired(pool);
-
-    for (;;) {
-        bool waiting, missing, none;
-
-        WITH_QEMU_LOCK_GUARD(&pool->lock) {
-            waiting = paio_runnable_locked(pool) > pool->nr_waking;
-            none = !pool->nr_workers;
-            missing = pool->nr_workers < pool->min_threads ||
-                      (none && waiting);
-        }
-        if (missing && !err) {
-            err = paio_add_worker(pool);
-            continue;
-        }
-        if (waiting && none) {
-            paio_run_at_home(pool, err);
-        } else if (waiting) {
-            paio_arm_grow_timer(pool, qemu_clock_get_ns(QEMU_CLOCK_REALTIME));
-        }
-        return;
-    }
+    paio_manage(pool);
 }
 
 static void paio_grow_timer_cb(void *opaque)
 {
-    PAIOPool *pool = opaque;
-    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    bool waiting, grow;
-
-    WITH_QEMU_LOCK_GUARD(&pool->lock) {
-        PAIORequest *req = paio_next_locked(pool);
-
-        waiting = req && !pool->nr_idle && !pool->nr_waking &&
-                  pool->nr_workers < pool->max_threads;
-        grow = waiting && now - req->queued_ns >= PAIO_GROW_NS;
-    }
-    if (grow && now >= pool->no_create_before_ns) {
-        paio_add_worker(pool);
-    }
-    if (waiting) {
-        paio_arm_grow_timer(pool, now);
-    }
+    paio_manage(opaque);
 }
 
 /*
@@ -509,7 +512,7 @@ static void paio_grow_timer_cb(void *opaque)
 static void paio_hand_over(void *opaque)
 {
     PAIOPool *pool = opaque;
-    bool none, grow;
+    bool none, lacking;
     PAIORequest *req;
     int64_t now;
     unsigned n = 0;
@@ -532,15 +535,14 @@ static void paio_hand_over(void *opaque)
         }
         paio_wake_locked(pool);
         none = !pool->nr_workers;
-        grow = paio_runnable_locked(pool) > pool->nr_waking &&
-               pool->nr_workers < pool->max_threads;
+        lacking = paio_short_of_workers_locked(pool);
     }
     trace_paio_hand_over(pool, n);
 
     if (none) {
         qemu_bh_schedule(pool->manage_bh);
-    } else if (grow) {
-        paio_arm_grow_timer(pool, now);
+    } else if (lacking) {
+        paio_arm_timer(pool, now);
     }
 }
 
@@ -715,6 +717,7 @@ void paio_pool_update_params(PAIOPool *pool)
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
         pool->min_threads = qatomic_read(&pool->ctx->thread_pool_min);
         pool->max_threads = qatomic_read(&pool->ctx->thread_pool_max);
+        paio_wake_locked(pool);
 
         /* Those which are busy look for themselves when they are done. */
         for (int n = pool->nr_workers - pool->max_threads;

@@ -23,6 +23,7 @@
 #include "qemu/atomic.h"
 #include "qemu/coroutine.h"
 #include "qemu/error-report.h"
+#include "qemu/lockable.h"
 #include "qemu/memalign.h"
 #include "qemu/rcu.h"
 #include "block/aio-wait.h"
@@ -30,6 +31,12 @@
 #include "block/raw-posix-aio.h"
 #include "block/raw-aio-compat.h"
 #include "trace.h"
+
+/*
+ * How often an O_DIRECT read whose end of file moves away is begun again.  More
+ * than once, as another process may be appending all the time.
+ */
+#define RAW_AIO_REWINDS 8
 
 /* RawAIODesc.learnt: what a descriptor has been found not to do */
 enum {
@@ -82,7 +89,7 @@ typedef struct RawAIORequest {
 
     /*
      * The bit of RawAIODesc.learnt that is set if the pool can do what the
-     * native tier could not; 0 if its failure says nothing about the file.
+     * native tier could not; 0 if that says nothing about the file.
      */
     unsigned suspect;
     bool nowait;            /* the native attempt has RWF_NOWAIT */
@@ -109,6 +116,13 @@ static size_t raw_aio_bytes(const RawAIORequest *req)
 static bool raw_aio_is_write(int type)
 {
     return type & (QEMU_AIO_WRITE | QEMU_AIO_ZONE_APPEND);
+}
+
+/* A flush, or a write that contains one */
+static bool raw_aio_makes_stable(const RawAIORequest *req)
+{
+    return (req->type & QEMU_AIO_FLUSH) ||
+           (raw_aio_is_write(req->type) && (req->flags & BDRV_REQ_FUA));
 }
 
 /* A write that must not be sent twice, not even a part of it */
@@ -179,7 +193,9 @@ void raw_aio_put_desc(RawAIODesc *desc)
     /* Sequentially consistent: the I/O of all holders is before the close. */
     if (qatomic_fetch_dec(&desc->refcnt) == 1) {
         trace_raw_aio_close_desc(desc, desc->fd);
-        qemu_close(desc->fd);
+        if (desc->fd >= 0) {
+            qemu_close(desc->fd);
+        }
         g_free_rcu(desc, rcu);
     }
 }
@@ -337,11 +353,12 @@ static bool raw_aio_at_eof(int fd, int64_t offset)
 static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
 {
     bool is_write = raw_aio_is_write(req->type);
-    bool rewound = false;
+    int rewound = 0;
 
     while (req->done < qiov->size) {
         int64_t offset = req->offset + req->done;
         QEMUIOVector rest, *v = qiov;
+        const struct iovec *iov;
         size_t asked;
         ssize_t len;
         int niov;
@@ -352,10 +369,19 @@ static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
                                   qiov->size - req->done);
             v = &rest;
         }
-        niov = raw_aio_has_preadv(req->file) ? v->niov : 1;
-        asked = niov == v->niov ? v->size : v->iov[0].iov_len;
+        iov = v->iov;
+        niov = v->niov;
+        asked = v->size;
+        if (!raw_aio_has_preadv(req->file)) {
+            /* The next element that is not empty; the loop does the others. */
+            while (!iov->iov_len) {
+                iov++;
+            }
+            niov = 1;
+            asked = iov->iov_len;
+        }
         do {
-            len = raw_aio_transfer(req, v->iov, niov, offset, rwf);
+            len = raw_aio_transfer(req, iov, niov, offset, rwf);
         } while (len < 0 && errno == EINTR);
         if (v == &rest) {
             int saved_errno = errno;
@@ -371,9 +397,8 @@ static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
                 if (raw_aio_at_eof(req->desc->fd, offset)) {
                     return 0;
                 }
-                if (!rewound) {
+                if (rewound++ < RAW_AIO_REWINDS) {
                     /* The file has grown meanwhile; start where it suits. */
-                    rewound = true;
                     req->done = 0;
                     continue;
                 }
@@ -395,29 +420,58 @@ static int raw_aio_transfer_all(RawAIORequest *req, QEMUIOVector *qiov, int rwf)
     return 0;
 }
 
+static int raw_aio_fdatasync(RawAIORequest *req)
+{
+    if (RETRY_ON_EINTR(qemu_fdatasync(req->desc->fd)) < 0) {
+        int err = errno;
+
+        trace_file_flush_fdatasync_failed(err);
+        return -err;
+    }
+    return 0;
+}
+
+/*
+ * Make stable what was written before.
+ *
+ * The kernel reports a failed writeback of cached data once and may have
+ * dropped the data, so a later fdatasync() that succeeds proves nothing: the
+ * error is remembered.  Of two calls at the same time only one gets it, and the
+ * other could complete before it is remembered; so there is one at a time.
+ * Each covers all who were waiting when it began.
+ *
+ * O_DIRECT has no cached data that could be lost.
+ */
 static int raw_aio_blocking_flush(RawAIORequest *req)
 {
     RawAIOFile *f = req->file;
-    /* Pairs with the cmpxchg below; an int needs no order. */
-    int err = qatomic_read(&f->writeback_errno);
+    unsigned ticket;
 
-    if (err) {
-        return -err;
+    if (req->desc->direct && !qatomic_read(&f->writeback_errno)) {
+        return raw_aio_fdatasync(req);
     }
-    if (RETRY_ON_EINTR(qemu_fdatasync(req->desc->fd)) == 0) {
-        return 0;
-    }
-    err = errno;
-    trace_file_flush_fdatasync_failed(err);
+
     /*
-     * The kernel reports a failed writeback once and may have dropped the
-     * data, so a later fdatasync() that succeeds proves nothing.  O_DIRECT has
-     * no cached data that could be lost.
+     * Whoever reads this ticket below sees that the data was written before.
+     * Both are sequentially consistent.
      */
-    if (!req->desc->direct) {
-        qatomic_cmpxchg(&f->writeback_errno, 0, err);
+    ticket = qatomic_fetch_inc(&f->sync_wanted) + 1;
+
+    QEMU_LOCK_GUARD(&f->sync_lock);
+    /* The difference, as tickets wrap around */
+    if (!f->writeback_errno && (int)(ticket - f->sync_covered) > 0) {
+        /* Pairs with the increment above, of all whom this call covers. */
+        unsigned covers = qatomic_fetch_add(&f->sync_wanted, 0);
+        int ret = raw_aio_fdatasync(req);
+
+        if (ret < 0) {
+            /* Pairs with the reads without the lock, which need no order. */
+            qatomic_set(&f->writeback_errno, -ret);
+        } else {
+            f->sync_covered = covers;
+        }
     }
-    return -err;
+    return -f->writeback_errno;
 }
 
 /*
@@ -536,7 +590,7 @@ static void raw_aio_begin_pool(RawAIORequest *req)
     req->pool = (PAIORequest) {
         .func = raw_aio_blocking,
         .arg = req,
-        .class = req->type & QEMU_AIO_FLUSH ? PAIO_SLOW : PAIO_NORMAL,
+        .class = raw_aio_makes_stable(req) ? PAIO_SLOW : PAIO_NORMAL,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };
@@ -544,6 +598,23 @@ static void raw_aio_begin_pool(RawAIORequest *req)
 }
 
 #ifdef CONFIG_LINUX_AIO
+/* The bits of RawAIODesc.learnt that concern a request */
+
+static unsigned raw_aio_no_nowait(const RawAIORequest *req)
+{
+    return raw_aio_is_write(req->type) ? RAW_AIO_NO_WRITE_NOWAIT
+                                       : RAW_AIO_NO_READ_NOWAIT;
+}
+
+static unsigned raw_aio_no_native(const RawAIORequest *req)
+{
+    if (req->type & QEMU_AIO_FLUSH) {
+        return RAW_AIO_NO_FDSYNC;
+    }
+    return raw_aio_is_write(req->type) ? RAW_AIO_NO_WRITE_NATIVE
+                                       : RAW_AIO_NO_READ_NATIVE;
+}
+
 static void raw_aio_native_short(RawAIORequest *req, size_t len)
 {
     trace_raw_aio_short(req->file, req->type, req->offset, raw_aio_bytes(req),
@@ -553,7 +624,6 @@ static void raw_aio_native_short(RawAIORequest *req, size_t len)
         raw_aio_end(req, RAW_AIO_NATIVE_SERVED, len ? -EIO : -ENOSPC);
         return;
     }
-    req->suspect = 0;
     req->done = len;
     raw_aio_begin_pool(req);
 }
@@ -583,8 +653,12 @@ static void raw_aio_native_failed(RawAIORequest *req, int ret)
         return;
     }
 
-    if (!raw_aio_means_unsupported(ret) && !(req->nowait && ret == -EIO)) {
-        req->suspect = 0;
+    if (raw_aio_means_unsupported(ret)) {
+        req->suspect = req->nowait ? raw_aio_no_nowait(req)
+                                   : raw_aio_no_native(req);
+    } else if (req->nowait && ret == -EIO) {
+        /* Here EIO means a wait, so without the flag the loop would wait. */
+        req->suspect = raw_aio_no_native(req);
     }
     trace_raw_aio_native_refused(req->file, req, ret);
     raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
@@ -609,30 +683,21 @@ static void raw_aio_native_cb(void *opaque, ssize_t res)
  *
  * Not FUA: an error of the write and one of making it stable could not be told
  * apart, and the second must not be hidden by a retry.
- *
- * Sets req->suspect to what is to blame if only the pool can do it: the flag,
- * as long as there is one, since the tier may work without.
  */
 static bool raw_aio_begin_native(RawAIORequest *req)
 {
     RawAIOFile *f = req->file;
     RawAIODesc *desc = req->desc;
-    bool is_write = raw_aio_is_write(req->type);
-    unsigned no_nowait = is_write ? RAW_AIO_NO_WRITE_NOWAIT
-                                  : RAW_AIO_NO_READ_NOWAIT;
-    unsigned no_native = is_write ? RAW_AIO_NO_WRITE_NATIVE
-                                  : RAW_AIO_NO_READ_NATIVE;
+    bool is_flush = req->type & QEMU_AIO_FLUSH;
     RawLaioRing *ring;
 
     if (!f->native || !desc->direct || (req->type & QEMU_AIO_MISALIGNED) ||
-        (is_write && (req->flags & BDRV_REQ_FUA)) ||
-        (f->disabled & RAW_AIO_DISABLE_NATIVE)) {
+        (f->disabled & RAW_AIO_DISABLE_NATIVE) ||
+        raw_aio_knows(desc, raw_aio_no_native(req))) {
         return false;
     }
-    if (req->type & QEMU_AIO_FLUSH) {
-        no_native = RAW_AIO_NO_FDSYNC;
-    }
-    if (raw_aio_knows(desc, no_native)) {
+    if (is_flush ? qatomic_read(&f->writeback_errno)
+                 : raw_aio_makes_stable(req)) {
         return false;
     }
     ring = raw_aio_context_ring(req->home);
@@ -641,18 +706,17 @@ static bool raw_aio_begin_native(RawAIORequest *req)
     }
     stat64_max(&f->stats[RAW_AIO_RING_SIZE], raw_laio_entries(ring));
 
-    req->nowait = RAW_AIO_HAVE_IOCB_FLAGS && !(req->type & QEMU_AIO_FLUSH) &&
+    req->nowait = RAW_AIO_HAVE_IOCB_FLAGS && !is_flush &&
                   !raw_aio_once_only(req) &&
                   !(f->disabled & RAW_AIO_DISABLE_NOWAIT) &&
-                  !raw_aio_knows(desc, no_nowait);
-    req->suspect = req->nowait ? no_nowait : no_native;
+                  !raw_aio_knows(desc, raw_aio_no_nowait(req));
 
     trace_raw_aio_begin_native(f, req, req->nowait);
-    if (req->type & QEMU_AIO_FLUSH) {
+    if (is_flush) {
         raw_laio_prep_fdsync(&req->laio, desc->fd);
     } else {
-        raw_laio_prep_rw(&req->laio, is_write, desc->fd, req->qiov->iov,
-                         req->qiov->niov, req->offset,
+        raw_laio_prep_rw(&req->laio, raw_aio_is_write(req->type), desc->fd,
+                         req->qiov->iov, req->qiov->niov, req->offset,
                          req->nowait ? RAW_AIO_RWF_NOWAIT : 0);
     }
     req->laio.cb = raw_aio_native_cb;
@@ -769,6 +833,9 @@ static void raw_aio_cancel_async(BlockAIOCB *common)
 {
     RawAIORequest *req = &container_of(common, RawAIOCB, common)->req;
 
+    if (req->done) {
+        return; /* The rest of a short transfer: a part has been written. */
+    }
 #ifdef CONFIG_LINUX_AIO
     if (req->home->ring && raw_laio_cancel(req->home->ring, &req->laio)) {
         return;
@@ -788,7 +855,7 @@ static void raw_aio_acb_cb(void *opaque, int ret)
 
     acb->common.cb(acb->common.opaque, ret);
     qemu_aio_unref(acb);
-    /* bdrv_aio_cancel() may wait for the reference in the main thread. */
+    /* bdrv_aio_cancel() may be waiting for the reference. */
     aio_wait_kick();
 }
 
@@ -856,6 +923,7 @@ void raw_aio_open(RawAIOFile *f, int fd, bool native, uint64_t aio_max_batch)
         .disabled = switches ? raw_aio_parse_switches(switches) : 0,
         .desc = raw_aio_desc_new(fd),
     };
+    qemu_mutex_init(&f->sync_lock);
     trace_raw_aio_open(f, fd, f->desc->direct, native);
 }
 
@@ -874,6 +942,7 @@ void raw_aio_close(RawAIOFile *f)
     assert(qatomic_read(&f->desc->refcnt) == 1);
     raw_aio_put_desc(f->desc);
     f->desc = NULL;
+    qemu_mutex_destroy(&f->sync_lock);
 }
 
 BlockStatsRawAio *raw_aio_query_stats(RawAIOFile *f)

@@ -54,10 +54,20 @@ typedef struct RawAIOFile {
     RawAIODesc *desc;
 
     /*
+     * One fdatasync() of cached data at a time, held by the worker that calls
+     * it; see raw_aio_blocking_flush().
+     */
+    QemuMutex sync_lock;
+    /* Newest ticket that a successful fdatasync() covers; sync_lock. */
+    unsigned sync_covered;
+    /*
      * Positive errno of the first failed writeback of cached data, or 0.  Never
-     * reset: nobody knows what the disk holds.  Set by workers, atomic.
+     * reset: nobody knows what the disk holds.  Written under sync_lock, also
+     * read without it: atomic.
      */
     int writeback_errno;
+    /* Newest ticket of a request that needs an fdatasync(); atomic. */
+    unsigned sync_wanted;
 
     Stat64 stats[RAW_AIO_STAT__MAX];    /* atomic */
 } RawAIOFile;
@@ -75,7 +85,8 @@ void raw_aio_open(RawAIOFile *f, int fd, bool native, uint64_t aio_max_batch);
 
 /**
  * raw_aio_set_fd: Replace the descriptor.
- * @fd: an open descriptor of the same file, which belongs to @f from now on
+ * @fd: an open descriptor of the same file, which belongs to @f from now on;
+ *      or -1 to close the old one when there is no new one
  *
  * Called in the main thread; requests may be in flight.  Those that have begun
  * finish on the old descriptor, which is closed after the last of them.  What
@@ -156,9 +167,9 @@ int coroutine_fn raw_aio_co_run(RawAIOFile *f, PAIOClass class, int *fd,
  * Called in the home thread of an AioContext.  For use inside the engine and
  * its tests: such requests are not tracked by the block layer and not drained.
  *
- * Returns: a handle for bdrv_aio_cancel_async(), valid until @cb returns.  A
- * request that no tier has begun completes with -ECANCELED, any other as if
- * nothing had been asked.
+ * Returns: a handle for bdrv_aio_cancel_async(), valid until @cb returns, to be
+ * used in the same AioContext.  A request that no tier has begun completes with
+ * -ECANCELED, any other as if nothing had been asked.
  */
 BlockAIOCB *raw_aio_submit(RawAIOFile *f, int type, int64_t offset,
                            QEMUIOVector *qiov, BdrvRequestFlags flags,

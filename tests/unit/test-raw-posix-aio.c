@@ -1,0 +1,4102 @@
+/*
+ * Unit tests for the raw file engine: front and native tier
+ *
+ * Faults come from the wrappers below, which this executable defines in place
+ * of those of libc and libaio.  They act on the descriptors of test files only.
+ * Not all of libaio may be replaced: the linker drops a library of which
+ * nothing is needed.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <dlfcn.h>
+#include <sys/uio.h>
+#include "block/aio.h"
+#include "block/aio-wait.h"
+#include "block/block.h"
+#include "block/raw-posix-aio.h"
+#include "block/raw-linux-aio.h"
+#include "block/raw-aio-compat.h"
+#include "qapi/error.h"
+#include "qapi/qapi-types-block-core.h"
+#include "qemu/atomic.h"
+#include "qemu/coroutine.h"
+#include "qemu/cutils.h"
+#include "qemu/defer-call.h"
+#include "qemu/iov.h"
+#include "qemu/main-loop.h"
+#include "qemu/memalign.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "iothread.h"
+
+/* A test that takes longer hangs: its name is printed, and the run aborts. */
+#define HANG_SECONDS 60
+
+/* Suits O_DIRECT on any file system */
+#define BLK 4096
+#define FILE_BLKS 64
+#define FILE_SIZE (FILE_BLKS * BLK)
+
+/*
+ * Interposition
+ */
+
+typedef enum Call {
+    CALL_PREAD,
+    CALL_PWRITE,
+    CALL_PREADV,
+    CALL_PWRITEV,
+    CALL_PREADV2,
+    CALL_PWRITEV2,
+    CALL_FDATASYNC,
+    CALL_IO_SETUP,
+    CALL_IO_SUBMIT,
+    CALL_IO_GETEVENTS,
+    CALL_REAL__MAX,
+
+    /* For faults only: any of the three reads or writes */
+    CALL_ANY_READ = CALL_REAL__MAX,
+    CALL_ANY_WRITE,
+    CALL__MAX,
+} Call;
+
+/* The names to look for, in this order: off_t has 64 bits. */
+static const char *const real_name[CALL_REAL__MAX][2] = {
+    [CALL_PREAD]        = { "pread64", "pread" },
+    [CALL_PWRITE]       = { "pwrite64", "pwrite" },
+    [CALL_PREADV]       = { "preadv64", "preadv" },
+    [CALL_PWRITEV]      = { "pwritev64", "pwritev" },
+    [CALL_PREADV2]      = { "preadv64v2", "preadv2" },
+    [CALL_PWRITEV2]     = { "pwritev64v2", "pwritev2" },
+    [CALL_FDATASYNC]    = { "fdatasync" },
+    [CALL_IO_SETUP]     = { "io_setup" },
+    [CALL_IO_SUBMIT]    = { "io_submit" },
+    [CALL_IO_GETEVENTS] = { "io_getevents" },
+};
+
+/*
+ * What a call is to do.  Any other value than PASS is a negative errno, or 0
+ * for a call that does nothing and returns 0, or how much of it is really
+ * done: bytes of a transfer, requests of io_submit().
+ */
+#define PASS LONG_MIN
+
+#define ALWAYS -1
+
+typedef struct Step {
+    long ret;
+    int times;  /* or ALWAYS */
+} Step;
+
+#ifdef CONFIG_LINUX_AIO
+/* What is to happen to a kernel request */
+typedef struct IocbRule {
+    bool active;
+    int opcode;     /* IO_CMD_*, or -1 for any */
+    int nowait;     /* 1: if it has RWF_NOWAIT, 0: if not, -1: in any case */
+    int skip;       /* so many of those that match pass first */
+    int times;      /* or ALWAYS */
+    long ret;
+} IocbRule;
+#endif
+
+typedef struct CallLog {
+    Call call;
+    int fd;
+    int flags;
+    off_t offset;
+} CallLog;
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+
+    /* Protected by lock */
+    Step steps[CALL__MAX][8];
+    int nr_steps[CALL__MAX];
+    unsigned calls[CALL_REAL__MAX];
+    CallLog log[64];
+    int nr_log;
+    unsigned gate;      /* bits: these calls wait */
+    int gate_fd;        /* on this descriptor, or on any if -1 */
+    int at_gate;        /* how many wait there */
+    uint32_t chaos;     /* seed of random faults, or 0 for none */
+    size_t chaos_unit;  /* random short transfers are a multiple of it */
+    int64_t submitted;  /* iocbs that the kernel has taken */
+    unsigned iocbs[16][2];  /* [opcode][RWF_NOWAIT], offered to io_submit() */
+#ifdef CONFIG_LINUX_AIO
+    IocbRule refuse;    /* by io_submit(); a positive ret shortens the vector */
+    IocbRule forge;     /* the result that the ring shows */
+    io_context_t last_ring;
+    bool hide_magic;    /* io_setup() returns a ring of unknown layout */
+    bool hide_features;
+#endif
+} hooks = {
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .cond = PTHREAD_COND_INITIALIZER,
+};
+
+/* Set before the descriptor is used in any other thread */
+static bool test_fds[65536];
+
+static bool is_test_fd(int fd)
+{
+    return fd >= 0 && fd < ARRAY_SIZE(test_fds) && qatomic_read(&test_fds[fd]);
+}
+
+static void mark_fd(int fd, bool mark)
+{
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(fd, <, ARRAY_SIZE(test_fds));
+    qatomic_set(&test_fds[fd], mark);
+}
+
+static void *real(Call call)
+{
+    static void *real_func[CALL_REAL__MAX];
+    void *func = qatomic_read(&real_func[call]);
+
+    for (int i = 0; !func && i < 2 && real_name[call][i]; i++) {
+        func = dlsym(RTLD_NEXT, real_name[call][i]);
+    }
+    g_assert(func);
+    qatomic_set(&real_func[call], func);
+    return func;
+}
+
+static void hooks_reset(void)
+{
+    pthread_mutex_lock(&hooks.lock);
+    g_assert_cmpint(hooks.at_gate, ==, 0);
+    memset(hooks.nr_steps, 0, sizeof(hooks.nr_steps));
+    memset(hooks.calls, 0, sizeof(hooks.calls));
+    memset(hooks.iocbs, 0, sizeof(hooks.iocbs));
+    hooks.nr_log = 0;
+    hooks.gate = 0;
+    hooks.chaos = 0;
+    hooks.submitted = 0;
+#ifdef CONFIG_LINUX_AIO
+    hooks.refuse = (IocbRule) { 0 };
+    hooks.forge = (IocbRule) { 0 };
+    hooks.hide_magic = false;
+    hooks.hide_features = false;
+#endif
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+/* The next @times calls return @ret, after those that were said before. */
+static void fault(Call call, int times, long ret)
+{
+    pthread_mutex_lock(&hooks.lock);
+    g_assert_cmpint(hooks.nr_steps[call], <, ARRAY_SIZE(hooks.steps[call]));
+    hooks.steps[call][hooks.nr_steps[call]++] = (Step) { ret, times };
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+static unsigned calls(Call call)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&hooks.lock);
+    if (call == CALL_ANY_READ) {
+        n = hooks.calls[CALL_PREAD] + hooks.calls[CALL_PREADV] +
+            hooks.calls[CALL_PREADV2];
+    } else if (call == CALL_ANY_WRITE) {
+        n = hooks.calls[CALL_PWRITE] + hooks.calls[CALL_PWRITEV] +
+            hooks.calls[CALL_PWRITEV2];
+    } else {
+        n = hooks.calls[call];
+    }
+    pthread_mutex_unlock(&hooks.lock);
+    return n;
+}
+
+static long next_step_locked(Call call)
+{
+    Step *s = hooks.steps[call];
+    long ret;
+
+    if (!hooks.nr_steps[call]) {
+        return PASS;
+    }
+    ret = s->ret;
+    if (s->times != ALWAYS && --s->times == 0) {
+        hooks.nr_steps[call]--;
+        memmove(s, s + 1, hooks.nr_steps[call] * sizeof(*s));
+    }
+    return ret;
+}
+
+/* xorshift; 0 .. max - 1 */
+static uint32_t chaos_locked(uint32_t max)
+{
+    hooks.chaos ^= hooks.chaos << 13;
+    hooks.chaos ^= hooks.chaos >> 17;
+    hooks.chaos ^= hooks.chaos << 5;
+    return hooks.chaos % max;
+}
+
+/* A fault that a caller who does everything right does not notice */
+static long chaos_transfer_locked(size_t bytes, int flags)
+{
+    size_t units = bytes / hooks.chaos_unit;
+
+    switch (chaos_locked(8)) {
+    case 0:
+        return -EINTR;
+    case 1:
+    case 2:
+        return units > 1 ? (1 + chaos_locked(units - 1)) * hooks.chaos_unit
+                         : PASS;
+    case 3:
+        return flags && !chaos_locked(4) ? -EOPNOTSUPP : PASS;
+    default:
+        return PASS;
+    }
+}
+
+static void enter_call_locked(Call call, int fd, off_t offset, int flags)
+{
+    hooks.calls[call]++;
+    if (hooks.nr_log < ARRAY_SIZE(hooks.log)) {
+        hooks.log[hooks.nr_log++] = (CallLog) {
+            .call = call,
+            .fd = fd,
+            .flags = flags,
+            .offset = offset,
+        };
+    }
+
+    if ((hooks.gate & (1u << call)) &&
+        (hooks.gate_fd == -1 || hooks.gate_fd == fd)) {
+        hooks.at_gate++;
+        aio_notify(qemu_get_aio_context()); /* for gate_wait() */
+        while (hooks.gate & (1u << call)) {
+            pthread_cond_wait(&hooks.cond, &hooks.lock);
+        }
+        hooks.at_gate--;
+    }
+}
+
+static ssize_t real_transfer(Call call, int fd, const struct iovec *iov,
+                             int niov, off_t offset, int flags)
+{
+    ssize_t (*do_pread)(int, void *, size_t, off_t);
+    ssize_t (*do_pwrite)(int, const void *, size_t, off_t);
+    ssize_t (*do_vec)(int, const struct iovec *, int, off_t);
+    ssize_t (*do_vec2)(int, const struct iovec *, int, off_t, int);
+
+    switch (call) {
+    case CALL_PREAD:
+        do_pread = real(call);
+        return do_pread(fd, iov->iov_base, iov->iov_len, offset);
+    case CALL_PWRITE:
+        do_pwrite = real(call);
+        return do_pwrite(fd, iov->iov_base, iov->iov_len, offset);
+    case CALL_PREADV:
+    case CALL_PWRITEV:
+        do_vec = real(call);
+        return do_vec(fd, iov, niov, offset);
+    case CALL_PREADV2:
+    case CALL_PWRITEV2:
+        do_vec2 = real(call);
+        return do_vec2(fd, iov, niov, offset, flags);
+    default:
+        g_assert_not_reached();
+    }
+}
+
+static ssize_t transfer(Call call, int fd, const struct iovec *iov, int niov,
+                        off_t offset, int flags)
+{
+    bool is_write = call == CALL_PWRITE || call == CALL_PWRITEV ||
+                    call == CALL_PWRITEV2;
+    g_autofree struct iovec *cut = NULL;
+    long ret;
+
+    if (!is_test_fd(fd)) {
+        return real_transfer(call, fd, iov, niov, offset, flags);
+    }
+
+    pthread_mutex_lock(&hooks.lock);
+    enter_call_locked(call, fd, offset, flags);
+    ret = next_step_locked(call);
+    if (ret == PASS) {
+        ret = next_step_locked(is_write ? CALL_ANY_WRITE : CALL_ANY_READ);
+    }
+    if (ret == PASS && hooks.chaos) {
+        ret = chaos_transfer_locked(iov_size(iov, niov), flags);
+    }
+    pthread_mutex_unlock(&hooks.lock);
+
+    if (ret == PASS) {
+        return real_transfer(call, fd, iov, niov, offset, flags);
+    }
+    if (ret < 0) {
+        errno = -ret;
+        return -1;
+    }
+    if (ret == 0) {
+        return 0;
+    }
+    cut = g_new(struct iovec, niov);
+    niov = iov_copy(cut, niov, iov, niov, 0, ret);
+    return real_transfer(call, fd, cut, niov, offset, flags);
+}
+
+ssize_t pread(int fd, void *buf, size_t bytes, off_t offset)
+{
+    struct iovec iov = { buf, bytes };
+
+    return transfer(CALL_PREAD, fd, &iov, 1, offset, 0);
+}
+
+ssize_t pwrite(int fd, const void *buf, size_t bytes, off_t offset)
+{
+    struct iovec iov = { (void *)buf, bytes };
+
+    return transfer(CALL_PWRITE, fd, &iov, 1, offset, 0);
+}
+
+ssize_t preadv(int fd, const struct iovec *iov, int niov, off_t offset)
+{
+    return transfer(CALL_PREADV, fd, iov, niov, offset, 0);
+}
+
+ssize_t pwritev(int fd, const struct iovec *iov, int niov, off_t offset)
+{
+    return transfer(CALL_PWRITEV, fd, iov, niov, offset, 0);
+}
+
+#if RAW_AIO_HAVE_RWF
+ssize_t preadv2(int fd, const struct iovec *iov, int niov, off_t offset,
+                int flags)
+{
+    return transfer(CALL_PREADV2, fd, iov, niov, offset, flags);
+}
+
+ssize_t pwritev2(int fd, const struct iovec *iov, int niov, off_t offset,
+                 int flags)
+{
+    return transfer(CALL_PWRITEV2, fd, iov, niov, offset, flags);
+}
+#endif
+
+int fdatasync(int fd)
+{
+    int (*do_fdatasync)(int) = real(CALL_FDATASYNC);
+    long ret = PASS;
+
+    if (is_test_fd(fd)) {
+        pthread_mutex_lock(&hooks.lock);
+        enter_call_locked(CALL_FDATASYNC, fd, 0, 0);
+        ret = next_step_locked(CALL_FDATASYNC);
+        if (ret == PASS && hooks.chaos) {
+            /* Disks are slow, and what they do is not the matter here. */
+            ret = chaos_locked(4) ? 0 : -EINTR;
+        }
+        pthread_mutex_unlock(&hooks.lock);
+    }
+
+    if (ret == PASS) {
+        return do_fdatasync(fd);
+    }
+    errno = -ret;
+    return ret ? -1 : 0;
+}
+
+#ifdef CONFIG_LINUX_AIO
+/* What io_setup() returns a pointer to, from fs/aio.c of Linux */
+typedef struct KernelRing {
+    uint32_t id;
+    uint32_t nr;
+    uint32_t head;
+    uint32_t tail;
+    uint32_t magic;
+    uint32_t compat_features;
+    uint32_t incompat_features;
+    uint32_t header_length;
+    struct io_event events[];
+} KernelRing;
+
+static bool iocb_nowait(const struct iocb *iocb)
+{
+#if RAW_AIO_HAVE_IOCB_FLAGS
+    return iocb->aio_rw_flags & RAW_AIO_RWF_NOWAIT;
+#else
+    return false;
+#endif
+}
+
+static long rule_locked(IocbRule *rule, const struct iocb *iocb)
+{
+    if (!rule->active || !rule->times ||
+        (rule->opcode != -1 && rule->opcode != iocb->aio_lio_opcode) ||
+        (rule->nowait != -1 && rule->nowait != iocb_nowait(iocb))) {
+        return PASS;
+    }
+    if (rule->skip) {
+        rule->skip--;
+        return PASS;
+    }
+    if (rule->times != ALWAYS) {
+        rule->times--;
+    }
+    return rule->ret;
+}
+
+static long chaos_iocb_locked(const struct iocb *iocb)
+{
+    size_t units;
+
+    if (iocb->aio_lio_opcode != IO_CMD_PREADV &&
+        iocb->aio_lio_opcode != IO_CMD_PWRITEV) {
+        return PASS;
+    }
+    switch (chaos_locked(16)) {
+    case 0:
+        return iocb_nowait(iocb) ? -EAGAIN : PASS;
+    case 1:
+        return iocb_nowait(iocb) && !chaos_locked(4) ? -EOPNOTSUPP : PASS;
+    case 2:
+    case 3:
+        units = iov_size(iocb->u.c.buf, iocb->u.c.nbytes) / hooks.chaos_unit;
+        return units > 1 ? (1 + chaos_locked(units - 1)) * hooks.chaos_unit
+                         : PASS;
+    default:
+        return PASS;
+    }
+}
+
+/* Wait until the kernel is done with @iocb, and change the result it gave. */
+static void forge_result(KernelRing *ring, struct iocb *iocb, long res)
+{
+    for (;;) {
+        uint32_t tail = qatomic_load_acquire(&ring->tail);
+
+        for (uint32_t i = ring->head; i != tail; i = (i + 1) % ring->nr) {
+            if (ring->events[i].obj == iocb) {
+                ring->events[i].res = res;
+                return;
+            }
+        }
+        g_usleep(20);
+    }
+}
+
+int io_setup(int nr, io_context_t *ctx)
+{
+    int (*do_setup)(int, io_context_t *) = real(CALL_IO_SETUP);
+    long step;
+    int ret;
+
+    pthread_mutex_lock(&hooks.lock);
+    enter_call_locked(CALL_IO_SETUP, -1, 0, 0);
+    step = next_step_locked(CALL_IO_SETUP);
+    pthread_mutex_unlock(&hooks.lock);
+    if (step != PASS) {
+        return step;
+    }
+
+    ret = do_setup(nr, ctx);
+    if (ret == 0 && hooks.hide_magic) {
+        ((KernelRing *)*ctx)->magic = 0;
+    }
+    if (ret == 0 && hooks.hide_features) {
+        ((KernelRing *)*ctx)->incompat_features = 1;
+    }
+    return ret;
+}
+
+int io_getevents(io_context_t ctx, long min, long nr, struct io_event *events,
+                 struct timespec *timeout)
+{
+    int (*do_getevents)(io_context_t, long, long, struct io_event *,
+                        struct timespec *) = real(CALL_IO_GETEVENTS);
+
+    pthread_mutex_lock(&hooks.lock);
+    enter_call_locked(CALL_IO_GETEVENTS, -1, 0, 0);
+    pthread_mutex_unlock(&hooks.lock);
+    return do_getevents(ctx, min, nr, events, timeout);
+}
+
+int io_submit(io_context_t ctx, long nr, struct iocb **iocbs)
+{
+    int (*do_submit)(io_context_t, long, struct iocb **) = real(CALL_IO_SUBMIT);
+    g_autofree struct iocb *saved = g_new(struct iocb, nr);
+    g_autofree long *result = g_new(long, nr);
+    long step, err = 0, n;
+    int ret;
+
+    pthread_mutex_lock(&hooks.lock);
+    hooks.last_ring = ctx;
+    enter_call_locked(CALL_IO_SUBMIT, -1, 0, 0);
+    step = next_step_locked(CALL_IO_SUBMIT);
+    if (step == PASS && hooks.chaos) {
+        switch (chaos_locked(16)) {
+        case 0:
+            step = -EAGAIN;
+            break;
+        case 1:
+            step = -EINTR;
+            break;
+        case 2:
+            step = DIV_ROUND_UP(nr, 2);
+            break;
+        }
+    }
+    if (step != PASS && step <= 0) {
+        pthread_mutex_unlock(&hooks.lock);
+        return step;
+    }
+    if (step != PASS) {
+        nr = MIN(nr, step);
+    }
+
+    for (n = 0; n < nr; n++) {
+        struct iocb *iocb = iocbs[n];
+        IocbRule before = hooks.refuse;
+        long ret1 = rule_locked(&hooks.refuse, iocb);
+
+        if (ret1 == PASS && hooks.chaos) {
+            ret1 = chaos_iocb_locked(iocb);
+        }
+        if (ret1 != PASS && ret1 < 0 && n) {
+            /* The kernel says why when this is the first of a call. */
+            hooks.refuse = before;
+            break;
+        }
+        hooks.iocbs[iocb->aio_lio_opcode][iocb_nowait(iocb)]++;
+        saved[n] = *iocb;
+        if (ret1 != PASS && ret1 < 0) {
+            err = ret1;
+            break;
+        }
+        if (ret1 != PASS) {
+            struct iovec *cut = g_new(struct iovec, iocb->u.c.nbytes);
+
+            iocb->u.c.nbytes = iov_copy(cut, iocb->u.c.nbytes, iocb->u.c.buf,
+                                        iocb->u.c.nbytes, 0, ret1);
+            iocb->u.c.buf = cut;
+        }
+        result[n] = rule_locked(&hooks.forge, iocb);
+    }
+    pthread_mutex_unlock(&hooks.lock);
+
+    ret = n ? do_submit(ctx, n, iocbs) : err;
+
+    for (long i = 0; i < n; i++) {
+        if (iocbs[i]->u.c.buf != saved[i].u.c.buf) {
+            /* The kernel has copied it. */
+            g_free(iocbs[i]->u.c.buf);
+            iocbs[i]->u.c.buf = saved[i].u.c.buf;
+            iocbs[i]->u.c.nbytes = saved[i].u.c.nbytes;
+        }
+    }
+    if (ret > 0) {
+        pthread_mutex_lock(&hooks.lock);
+        hooks.submitted += ret;
+        pthread_mutex_unlock(&hooks.lock);
+        for (int i = 0; i < ret; i++) {
+            if (result[i] != PASS) {
+                forge_result((KernelRing *)ctx, iocbs[i], result[i]);
+            }
+        }
+    }
+    return ret;
+}
+
+static void refuse_iocb(int opcode, int nowait, int skip, int times, long ret)
+{
+    pthread_mutex_lock(&hooks.lock);
+    hooks.refuse = (IocbRule) { true, opcode, nowait, skip, times, ret };
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+static void forge_iocb(int opcode, int nowait, int skip, int times, long ret)
+{
+    pthread_mutex_lock(&hooks.lock);
+    hooks.forge = (IocbRule) { true, opcode, nowait, skip, times, ret };
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+/* Completions in the ring of the last io_submit() that nobody has read */
+static unsigned ring_unread(void)
+{
+    KernelRing *ring = (KernelRing *)hooks.last_ring;
+    uint32_t tail = qatomic_load_acquire(&ring->tail);
+
+    return (tail + ring->nr - ring->head) % ring->nr;
+}
+
+static bool native_available(void)
+{
+    int (*do_setup)(int, io_context_t *) = real(CALL_IO_SETUP);
+    static int available = -1;
+    io_context_t ctx = NULL;
+
+    if (available == -1) {
+        available = do_setup(1, &ctx) == 0;
+        if (available) {
+            io_destroy(ctx);
+        }
+    }
+    return available;
+}
+#else /* !CONFIG_LINUX_AIO */
+static bool native_available(void)
+{
+    return false;
+}
+#endif
+
+static void gate_close(unsigned call_bits, int fd)
+{
+    pthread_mutex_lock(&hooks.lock);
+    hooks.gate = call_bits;
+    hooks.gate_fd = fd;
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+static void gate_open(void)
+{
+    pthread_mutex_lock(&hooks.lock);
+    hooks.gate = 0;
+    pthread_cond_broadcast(&hooks.cond);
+    pthread_mutex_unlock(&hooks.lock);
+}
+
+/* Run the event loop until so many calls wait at the gate. */
+static void gate_wait(int n)
+{
+    for (;;) {
+        int at_gate;
+
+        pthread_mutex_lock(&hooks.lock);
+        at_gate = hooks.at_gate;
+        pthread_mutex_unlock(&hooks.lock);
+        if (at_gate == n) {
+            return;
+        }
+        aio_poll(qemu_get_aio_context(), true);
+    }
+}
+
+/*
+ * Test files
+ */
+
+typedef enum Kind {
+    BUFFERED,
+    BUFFERED_NATIVE,    /* aio=native, which does not apply */
+    DIRECT,
+    NATIVE,             /* without RWF_NOWAIT: the kernel never refuses */
+    NOWAIT,             /* as in real life: it may refuse at any time */
+} Kind;
+
+typedef struct Stats {
+    uint64_t native;
+    uint64_t refused;
+    uint64_t pool;
+    uint64_t cut;
+} Stats;
+
+typedef struct TestFile {
+    RawAIOFile f;
+    Kind kind;
+    char *path;
+    int check_fd;       /* has no faults */
+    bool coroutine;     /* send requests in a coroutine */
+    Stats last;
+} TestFile;
+
+static bool kind_direct(Kind kind)
+{
+    return kind >= DIRECT;
+}
+
+static bool kind_native(Kind kind)
+{
+    return kind >= NATIVE;
+}
+
+/* The byte at @pos of a file which has been written with @seed */
+static uint8_t pattern(int64_t pos, int seed)
+{
+    return pos * 7 + (pos >> 8) * 13 + (pos >> 16) * 3 + seed * 31 + 1;
+}
+
+static void fill(uint8_t *buf, int64_t pos, size_t len, int seed)
+{
+    for (size_t i = 0; i < len; i++) {
+        buf[i] = pattern(pos + i, seed);
+    }
+}
+
+static void check(const uint8_t *buf, int64_t pos, size_t len, int seed)
+{
+    for (size_t i = 0; i < len; i++) {
+        if (buf[i] != pattern(pos + i, seed)) {
+            g_error("wrong byte at %" PRId64 ": 0x%02x instead of 0x%02x",
+                    pos + (int64_t)i, buf[i], pattern(pos + i, seed));
+        }
+    }
+}
+
+static int reopen(TestFile *t, Kind kind)
+{
+    int fd = open(t->path, O_RDWR | (kind_direct(kind) ? O_DIRECT : 0));
+
+    if (fd >= 0) {
+        mark_fd(fd, true);
+    }
+    return fd;
+}
+
+/* Never the inline tier, which would make the others idle */
+static void disable(TestFile *t, unsigned bits)
+{
+    t->f.disabled = RAW_AIO_DISABLE_INLINE | bits;
+    if (t->kind == NATIVE) {
+        t->f.disabled |= RAW_AIO_DISABLE_NOWAIT;
+    }
+}
+
+/* Fill the file with seed 0. */
+static void file_fill(TestFile *t, int64_t size)
+{
+    g_autofree uint8_t *buf = g_malloc(size);
+
+    fill(buf, 0, size, 0);
+    g_assert_cmpint(pwrite(t->check_fd, buf, size, 0), ==, size);
+    g_assert_cmpint(ftruncate(t->check_fd, size), ==, 0);
+    if (t->kind == NOWAIT) {
+        /* Else the kernel refuses, as it would have to wait for it. */
+        g_assert_cmpint(fdatasync(t->check_fd), ==, 0);
+    }
+}
+
+/* Returns false if there can't be such a file; the test is skipped then. */
+static bool file_open_in(TestFile *t, Kind kind, const char *dir)
+{
+    int fd;
+
+    *t = (TestFile) { .kind = kind };
+    if (kind_native(kind) && !native_available()) {
+        g_test_skip("no Linux AIO");
+        return false;
+    }
+    t->path = g_build_filename(dir, "test-raw-aio-XXXXXX", NULL);
+    t->check_fd = g_mkstemp(t->path);
+    g_assert_cmpint(t->check_fd, >=, 0);
+    file_fill(t, FILE_SIZE);
+
+    fd = reopen(t, kind);
+    if (fd < 0) {
+        g_autofree char *msg = g_strdup_printf("no O_DIRECT in %s: %s", dir,
+                                               strerror(errno));
+        g_test_skip(msg);
+        unlink(t->path);
+        close(t->check_fd);
+        g_free(t->path);
+        return false;
+    }
+    raw_aio_open(&t->f, fd, kind_native(kind) || kind == BUFFERED_NATIVE, 0);
+    disable(t, 0);
+    return true;
+}
+
+static bool file_open(TestFile *t, Kind kind)
+{
+    return file_open_in(t, kind, g_get_tmp_dir());
+}
+
+static int file_fd(TestFile *t)
+{
+    int fd;
+
+    raw_aio_put_desc(raw_aio_get_desc(&t->f, &fd));
+    return fd;
+}
+
+static void settle_timer(void *opaque)
+{
+    bool *settled = opaque;
+
+    *settled = true;
+}
+
+/*
+ * Deliver whatever there is.  aio_poll() must wait, if only for a moment:
+ * without, it does not look at descriptors.
+ */
+static void settle(void)
+{
+    AioContext *ctx = qemu_get_current_aio_context();
+    bool settled = false;
+    QEMUTimer *timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_NS,
+                                     settle_timer, &settled);
+
+    timer_mod(timer, qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + 50 * SCALE_US);
+    while (!settled) {
+        aio_poll(ctx, true);
+    }
+    timer_free(timer);
+}
+
+static void file_close(TestFile *t)
+{
+    int fd = file_fd(t);
+
+    /* Whatever comes now comes once too often, see req_done(). */
+    settle();
+    raw_aio_close(&t->f);
+    g_assert_cmpint(fcntl(fd, F_GETFD), ==, -1);
+    mark_fd(fd, false);
+    close(t->check_fd);
+    unlink(t->path);
+    g_free(t->path);
+}
+
+/* What was counted since the last call */
+static Stats file_stats(TestFile *t)
+{
+    BlockStatsRawAio *s = raw_aio_query_stats(&t->f);
+    Stats now = {
+        .native = s->native_served,
+        .refused = s->native_refused,
+        .pool = s->pool_served,
+        .cut = s->short_transfers,
+    };
+    Stats delta = {
+        .native = now.native - t->last.native,
+        .refused = now.refused - t->last.refused,
+        .pool = now.pool - t->last.pool,
+        .cut = now.cut - t->last.cut,
+    };
+
+    g_assert_cmpuint(s->inline_served, ==, 0);
+    g_assert_cmpuint(s->inline_refused, ==, 0);
+    qapi_free_BlockStatsRawAio(s);
+    t->last = now;
+    return delta;
+}
+
+#define ASSERT_STATS(t, n, r, p, c)                 \
+    do {                                            \
+        Stats delta_ = file_stats(t);               \
+        g_assert_cmpuint(delta_.native, ==, (n));   \
+        g_assert_cmpuint(delta_.refused, ==, (r));  \
+        g_assert_cmpuint(delta_.pool, ==, (p));     \
+        g_assert_cmpuint(delta_.cut, ==, (c));      \
+    } while (0)
+
+/* The file holds what was written, whatever way a test reads it. */
+static void check_file(TestFile *t, int64_t offset, size_t len, int seed)
+{
+    g_autofree uint8_t *buf = g_malloc(len);
+
+    g_assert_cmpint(pread(t->check_fd, buf, len, offset), ==, len);
+    check(buf, offset, len, seed);
+}
+
+/*
+ * Requests
+ */
+
+/* In raw_aio_submit() or bdrv_aio_cancel_async() */
+static __thread int in_engine;
+
+typedef struct Req Req;
+struct Req {
+    TestFile *t;
+    AioContext *ctx;
+    QEMUIOVector qiov;
+    uint8_t *mem;
+    uint8_t *buf;
+    int type;
+    int64_t offset;
+    BdrvRequestFlags flags;
+    BlockAIOCB *acb;
+    void (*hook)(Req *r);   /* called in the completion */
+    int done;
+    int ret;
+};
+
+/* @len bytes in @niov parts; in memory that O_DIRECT can't use if @odd */
+static void req_init(Req *r, size_t len, int niov, bool odd)
+{
+    size_t part = len / niov;
+
+    *r = (Req) { .mem = qemu_memalign(BLK, len + BLK) };
+    r->buf = r->mem + odd;
+    qemu_iovec_init(&r->qiov, niov);
+    for (int i = 0; i < niov; i++) {
+        qemu_iovec_add(&r->qiov, r->buf + i * part,
+                       i == niov - 1 ? len - i * part : part);
+    }
+    memset(r->buf, 0xaa, len);
+}
+
+static void req_destroy(Req *r)
+{
+    qemu_iovec_destroy(&r->qiov);
+    qemu_vfree(r->mem);
+}
+
+static void req_done(void *opaque, int ret)
+{
+    Req *r = opaque;
+
+    g_assert_cmpint(in_engine, ==, 0);
+    g_assert(qemu_get_current_aio_context() == r->ctx);
+    r->ret = ret;
+    r->done++;
+    g_assert_cmpint(r->done, ==, 1);
+    if (r->hook) {
+        r->hook(r);
+    }
+}
+
+static void coroutine_fn req_co_entry(void *opaque)
+{
+    Req *r = opaque;
+    int ret;
+
+    if (r->type & QEMU_AIO_FLUSH) {
+        ret = raw_aio_co_flush(&r->t->f);
+    } else {
+        ret = raw_aio_co_rw(&r->t->f, r->type, r->offset, &r->qiov, r->flags);
+    }
+    req_done(r, ret);
+}
+
+static void req_start(Req *r, TestFile *t, int type, int64_t offset,
+                      BdrvRequestFlags flags)
+{
+    r->t = t;
+    r->ctx = qemu_get_current_aio_context();
+    r->type = type;
+    r->offset = offset;
+    r->flags = flags;
+    r->done = 0;
+
+    in_engine++;
+    if (t->coroutine) {
+        qemu_coroutine_enter(qemu_coroutine_create(req_co_entry, r));
+    } else {
+        r->acb = raw_aio_submit(&t->f, type, offset,
+                                type & QEMU_AIO_FLUSH ? NULL : &r->qiov, flags,
+                                req_done, r);
+    }
+    in_engine--;
+    g_assert_cmpint(r->done, ==, 0);
+}
+
+static void req_cancel(Req *r)
+{
+    in_engine++;
+    bdrv_aio_cancel_async(r->acb);
+    in_engine--;
+}
+
+static int req_wait(Req *r)
+{
+    while (!r->done) {
+        aio_poll(r->ctx, true);
+    }
+    return r->ret;
+}
+
+/* One request, from beginning to end; the data has or gets @seed. */
+static int file_rw(TestFile *t, int type, int64_t offset, size_t len, int niov,
+                   BdrvRequestFlags flags, int seed)
+{
+    bool is_write = type & (QEMU_AIO_WRITE | QEMU_AIO_ZONE_APPEND);
+    Req r;
+    int ret;
+
+    req_init(&r, len, niov, type & QEMU_AIO_MISALIGNED);
+    if (is_write) {
+        fill(r.buf, offset, len, seed);
+    }
+    req_start(&r, t, type, offset, flags);
+    ret = req_wait(&r);
+    if (!ret && !is_write) {
+        check(r.buf, offset, len, seed);
+    }
+    req_destroy(&r);
+    return ret;
+}
+
+static int file_write(TestFile *t, int64_t offset, size_t len, int niov,
+                      BdrvRequestFlags flags, int seed)
+{
+    return file_rw(t, QEMU_AIO_WRITE, offset, len, niov, flags, seed);
+}
+
+static int file_read(TestFile *t, int64_t offset, size_t len, int niov,
+                     int seed)
+{
+    return file_rw(t, QEMU_AIO_READ, offset, len, niov, 0, seed);
+}
+
+static int file_flush(TestFile *t)
+{
+    Req r = { .t = t };
+
+    req_start(&r, t, QEMU_AIO_FLUSH, 0, 0);
+    return req_wait(&r);
+}
+
+/* Run a function in an IOThread and wait for it. */
+typedef struct ThreadCall {
+    void (*func)(void *opaque);
+    void *opaque;
+    QemuEvent done;
+} ThreadCall;
+
+static void thread_call_bh(void *opaque)
+{
+    ThreadCall *c = opaque;
+
+    c->func(c->opaque);
+    qemu_event_set(&c->done);
+}
+
+static void run_in(IOThread *iothread, void (*func)(void *), void *opaque)
+{
+    ThreadCall c = { .func = func, .opaque = opaque };
+
+    qemu_event_init(&c.done, false);
+    aio_bh_schedule_oneshot(iothread_get_aio_context(iothread), thread_call_bh,
+                            &c);
+    qemu_event_wait(&c.done);
+    qemu_event_destroy(&c.done);
+}
+
+/*
+ * Data through each tier
+ */
+
+static void test_data_one(TestFile *t, int niov, bool odd, int seed)
+{
+    int extra = odd ? QEMU_AIO_MISALIGNED : 0;
+    bool native = kind_native(t->kind) && !odd;
+    bool preadv = !(t->f.disabled & RAW_AIO_DISABLE_PREADV);
+    const size_t len = 16 * BLK;
+    const int64_t offset = 2 * BLK;
+    Stats s;
+
+    hooks_reset();
+    g_assert_cmpint(file_rw(t, QEMU_AIO_WRITE | extra, offset, len, niov, 0,
+                            seed), ==, 0);
+    check_file(t, 0, offset, 0);
+    check_file(t, offset, len, seed);
+    check_file(t, offset + len, FILE_SIZE - offset - len, 0);
+    g_assert_cmpint(file_rw(t, QEMU_AIO_READ | extra, offset, len, niov, 0,
+                            seed), ==, 0);
+
+    s = file_stats(t);
+    g_assert_cmpuint(s.native + s.pool, ==, 2);
+    g_assert_cmpuint(s.cut, ==, 0);
+    if (!native) {
+        g_assert_cmpuint(s.pool, ==, 2);
+        g_assert_cmpuint(s.refused, ==, 0);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    } else if (t->kind == NATIVE) {
+        g_assert_cmpuint(s.native, ==, 2);
+        g_assert_cmpuint(s.refused, ==, 0);
+    } else {
+        /* The kernel may have refused to wait. */
+        g_assert_cmpuint(s.pool, ==, s.refused);
+    }
+    if (native) {
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+    } else if (niov == 1 || odd) {
+        g_assert_cmpuint(calls(CALL_PREAD), ==, 1);
+        g_assert_cmpuint(calls(CALL_PWRITE), ==, 1);
+    } else if (preadv) {
+        g_assert_cmpuint(calls(CALL_PREADV), ==, 1);
+        g_assert_cmpuint(calls(CALL_PWRITEV), ==, 1);
+    }
+    if (!preadv) {
+        g_assert_cmpuint(calls(CALL_PREADV), ==, 0);
+        g_assert_cmpuint(calls(CALL_PWRITEV), ==, 0);
+    }
+
+    /* What was there before */
+    g_assert_cmpint(file_rw(t, QEMU_AIO_WRITE | extra, offset, len, niov, 0,
+                            0), ==, 0);
+    file_stats(t);
+}
+
+static void test_data(int kind)
+{
+    int seed = 1;
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        bool odd = i & 4;
+
+        if (odd && !kind_direct(kind)) {
+            continue;
+        }
+        t.coroutine = i & 1;
+        disable(&t, i & 8 ? RAW_AIO_DISABLE_PREADV : 0);
+        test_data_one(&t, i & 2 ? 16 : 1, odd, seed++);
+    }
+    file_close(&t);
+}
+
+/* A vector may have empty elements, with and without preadv(). */
+static void test_data_empty_element(int kind)
+{
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 6; i++) {
+        uint8_t *buf = qemu_memalign(BLK, 2 * BLK);
+        QEMUIOVector qiov;
+        Req r = { 0 };
+
+        disable(&t, i & 1 ? RAW_AIO_DISABLE_PREADV : 0);
+        /* At the start, in the middle, and at the end */
+        qemu_iovec_init(&qiov, 3);
+        for (int j = 0, pos = 0; j < 3; j++) {
+            size_t len = j == i / 2 ? 0 : BLK;
+
+            qemu_iovec_add(&qiov, buf + pos, len);
+            pos += len;
+        }
+        r.qiov = qiov;
+        fill(buf, 0, 2 * BLK, i + 1);
+        req_start(&r, &t, QEMU_AIO_WRITE, 0, 0);
+        g_assert_cmpint(req_wait(&r), ==, 0);
+        check_file(&t, 0, 2 * BLK, i + 1);
+
+        memset(buf, 0xaa, 2 * BLK);
+        req_start(&r, &t, QEMU_AIO_READ, 0, 0);
+        g_assert_cmpint(req_wait(&r), ==, 0);
+        check(buf, 0, 2 * BLK, i + 1);
+
+        qemu_iovec_destroy(&qiov);
+        qemu_vfree(buf);
+    }
+    file_close(&t);
+}
+
+/*
+ * Short transfers
+ */
+
+static void test_short_buffered(int unused)
+{
+    TestFile t;
+    Stats s;
+
+    if (!file_open(&t, BUFFERED)) {
+        return;
+    }
+    for (int cut = 1; cut < 2048; cut++) {
+        bool preadv = cut % 3;
+        int seed = cut & 1;
+
+        hooks_reset();
+        disable(&t, preadv ? 0 : RAW_AIO_DISABLE_PREADV);
+        t.coroutine = cut & 2;
+        fault(CALL_ANY_WRITE, 1, cut);
+        g_assert_cmpint(file_write(&t, 100, 2048, 4, 0, seed), ==, 0);
+        check_file(&t, 100, 2048, seed);
+        fault(CALL_ANY_READ, 1, cut);
+        g_assert_cmpint(file_read(&t, 100, 2048, 4, seed), ==, 0);
+
+        s = file_stats(&t);
+        g_assert_cmpuint(s.pool, ==, 2);
+        if (preadv) {
+            g_assert_cmpuint(s.cut, ==, 2);
+            g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 2);
+            g_assert_cmpuint(calls(CALL_ANY_READ), ==, 2);
+        } else {
+            g_assert_cmpuint(s.cut, ==, cut < 512 ? 2 : 0);
+        }
+    }
+
+    /* Often in one request, with a single element and with several */
+    disable(&t, 0);
+    for (int niov = 1; niov <= 4; niov += 3) {
+        hooks_reset();
+        fault(CALL_ANY_WRITE, 100, 7);
+        fault(CALL_ANY_READ, 100, 7);
+        g_assert_cmpint(file_write(&t, 100, 2048, niov, 0, 5), ==, 0);
+        check_file(&t, 100, 2048, 5);
+        g_assert_cmpint(file_read(&t, 100, 2048, niov, 5), ==, 0);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 101);
+        g_assert_cmpuint(calls(CALL_ANY_READ), ==, 101);
+        ASSERT_STATS(&t, 0, 0, 2, 200);
+    }
+    file_close(&t);
+}
+
+static void test_short_direct(int unused)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+
+    if (!file_open(&t, DIRECT)) {
+        return;
+    }
+    for (int i = 0; i < 12; i++) {
+        int extra = i & 1 ? QEMU_AIO_MISALIGNED : 0;
+        int niov = i & 2 ? 4 : 1;
+        int cut = 1 + i / 4;
+
+        hooks_reset();
+        fault(CALL_ANY_WRITE, 1, cut * BLK);
+        g_assert_cmpint(file_rw(&t, QEMU_AIO_WRITE | extra, BLK, len, niov, 0,
+                                i + 1), ==, 0);
+        check_file(&t, BLK, len, i + 1);
+        fault(CALL_ANY_READ, 1, cut * BLK);
+        g_assert_cmpint(file_rw(&t, QEMU_AIO_READ | extra, BLK, len, niov, 0,
+                                i + 1), ==, 0);
+        ASSERT_STATS(&t, 0, 0, 2, 2);
+    }
+
+    /* FUA, where the rest must be stable as well */
+    hooks_reset();
+    fault(CALL_PWRITEV2, 2, BLK);
+    g_assert_cmpint(file_write(&t, BLK, len, 4, BDRV_REQ_FUA, 20), ==, 0);
+    check_file(&t, BLK, len, 20);
+    if (calls(CALL_PWRITEV2) == 3) {
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+        for (int i = 0; i < 3; i++) {
+            g_assert_cmpint(hooks.log[i].flags, ==, RAW_AIO_RWF_DSYNC);
+        }
+    } else {
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+    }
+    file_close(&t);
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void test_short_native(int kind)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int niov = 1; niov <= 4; niov += 3) {
+        for (int cut = 1; cut < 4; cut++) {
+            int seed = niov * 4 + cut;
+            Stats s;
+
+            hooks_reset();
+            t.coroutine = cut & 1;
+            refuse_iocb(IO_CMD_PWRITEV, -1, 0, 1, cut * BLK);
+            g_assert_cmpint(file_write(&t, BLK, len, niov, 0, seed), ==, 0);
+            check_file(&t, BLK, len, seed);
+            refuse_iocb(IO_CMD_PREADV, -1, 0, 1, cut * BLK);
+            g_assert_cmpint(file_read(&t, BLK, len, niov, seed), ==, 0);
+
+            /* The rest is the pool's: nothing is sent to the kernel again. */
+            g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+            s = file_stats(&t);
+            g_assert_cmpuint(s.pool, ==, 2);
+            g_assert_cmpuint(s.native, ==, 0);
+            g_assert_cmpuint(s.cut + s.refused, ==, 2);
+            if (kind == NATIVE) {
+                g_assert_cmpuint(s.cut, ==, 2);
+                g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+                g_assert_cmpuint(calls(CALL_ANY_READ), ==, 1);
+                for (int i = 0; i < hooks.nr_log; i++) {
+                    if (hooks.log[i].call < CALL_FDATASYNC) {
+                        g_assert_cmpint(hooks.log[i].offset, ==,
+                                        BLK + cut * BLK);
+                    }
+                }
+            }
+        }
+    }
+
+    /* Short in the kernel and then in the pool, and 0 bytes in the kernel */
+    hooks_reset();
+    refuse_iocb(IO_CMD_PWRITEV, -1, 0, 1, BLK);
+    fault(CALL_ANY_WRITE, 1, BLK);
+    g_assert_cmpint(file_write(&t, BLK, len, 2, 0, 50), ==, 0);
+    check_file(&t, BLK, len, 50);
+    forge_iocb(IO_CMD_PREADV, -1, 0, 1, 0);
+    g_assert_cmpint(file_read(&t, BLK, len, 2, 50), ==, 0);
+    g_assert_cmpuint(calls(CALL_ANY_READ), ==, 1);
+
+    /* Nothing was learnt from that. */
+    hooks_reset();
+    g_assert_cmpint(file_write(&t, BLK, len, 2, 0, 51), ==, 0);
+    g_assert_cmpint(file_read(&t, BLK, len, 2, 51), ==, 0);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+    file_close(&t);
+}
+#endif
+
+/*
+ * End of file
+ */
+
+static void test_eof(int kind)
+{
+    static const int64_t sizes[] = {
+        3 * BLK + 1000, 3 * BLK + 512, 3 * BLK, 1, 0
+    };
+    static const struct {
+        int64_t offset;
+        size_t len;
+        int niov;
+    } reads[] = {
+        { 0, 4 * BLK, 1 },
+        { 0, 4 * BLK, 4 },
+        { 0, 8 * BLK, 8 },
+        { 0, BLK, 1 },
+        { 2 * BLK, 2 * BLK, 1 },
+        { 3 * BLK, BLK, 1 },
+        { 3 * BLK, 16 * BLK, 16 },
+        { 4 * BLK, BLK, 1 },
+        { 40 * BLK, 2 * BLK, 2 },
+    };
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(sizes); i++) {
+        file_fill(&t, sizes[i]);
+        for (int j = 0; j < 4 * ARRAY_SIZE(reads); j++) {
+            int64_t offset = reads[j / 4].offset;
+            size_t len = reads[j / 4].len;
+            bool odd = j & 1;
+            size_t in_file = MIN(MAX(sizes[i] - offset, 0), len);
+            Req r;
+
+            if (odd && !kind_direct(kind)) {
+                continue;
+            }
+            disable(&t, j & 2 ? RAW_AIO_DISABLE_PREADV : 0);
+            t.coroutine = i & 1;
+            req_init(&r, len, reads[j / 4].niov, odd);
+            req_start(&r, &t, QEMU_AIO_READ | (odd ? QEMU_AIO_MISALIGNED : 0),
+                      offset, 0);
+            g_assert_cmpint(req_wait(&r), ==, 0);
+            check(r.buf, offset, in_file, 0);
+            g_assert(buffer_is_zero(r.buf + in_file, len - in_file));
+            req_destroy(&r);
+        }
+    }
+    file_close(&t);
+}
+
+/*
+ * With O_DIRECT, EINVAL after a short read is the end of the file only at the
+ * end of the file.
+ */
+static void test_eof_einval_inside(int kind)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        int type = QEMU_AIO_READ | (i & 2 ? QEMU_AIO_MISALIGNED : 0);
+        int ret;
+
+        /* Once: the request can still be done. */
+        hooks_reset();
+        fault(CALL_ANY_READ, 1, BLK);
+        fault(CALL_ANY_READ, 1, -EINVAL);
+        ret = file_rw(&t, type, BLK, len, i & 1 ? 4 : 1, 0, 0);
+        g_assert(ret == 0 || ret == -EINVAL);
+
+        /* Always: it can't.  What is read before is always short. */
+        hooks_reset();
+        for (int j = 0; j < 3; j++) {
+            fault(CALL_ANY_READ, 1, BLK);
+            fault(CALL_ANY_READ, 1, -EINVAL);
+        }
+        fault(CALL_ANY_READ, ALWAYS, -EINVAL);
+        g_assert_cmpint(file_rw(&t, type, BLK, len, i & 1 ? 4 : 1, 0, 0), ==,
+                        -EINVAL);
+
+        /* With the first call */
+        hooks_reset();
+        fault(CALL_ANY_READ, ALWAYS, -EINVAL);
+        g_assert_cmpint(file_rw(&t, type, BLK, len, i & 1 ? 4 : 1, 0, 0), ==,
+                        -EINVAL);
+    }
+    file_close(&t);
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void test_eof_einval_inside_native(int unused)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+    int ret;
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    refuse_iocb(IO_CMD_PREADV, -1, 0, 1, BLK);
+    fault(CALL_ANY_READ, 1, -EINVAL);
+    ret = file_read(&t, BLK, len, 4, 0);
+    g_assert(ret == 0 || ret == -EINVAL);
+
+    refuse_iocb(IO_CMD_PREADV, -1, 0, 1, BLK);
+    fault(CALL_ANY_READ, ALWAYS, -EINVAL);
+    g_assert_cmpint(file_read(&t, BLK, len, 4, 0), ==, -EINVAL);
+    file_close(&t);
+}
+#endif
+
+/*
+ * Errors
+ */
+
+static void test_errors(int kind)
+{
+    static const struct {
+        Call call;
+        int type;
+        int niov;
+        BdrvRequestFlags flags;
+    } ops[] = {
+        { CALL_PREAD, QEMU_AIO_READ, 1 },
+        { CALL_PWRITE, QEMU_AIO_WRITE, 1 },
+        { CALL_PREADV, QEMU_AIO_READ, 4 },
+        { CALL_PWRITEV, QEMU_AIO_WRITE, 4 },
+        { CALL_PWRITEV2, QEMU_AIO_WRITE, 4, BDRV_REQ_FUA },
+        { CALL_FDATASYNC, QEMU_AIO_FLUSH, 1 },
+    };
+    static const int errors[] = { EIO, ENOSPC, EDQUOT, EBADF, EAGAIN };
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(ops) * ARRAY_SIZE(errors); i++) {
+        Call call = ops[i / ARRAY_SIZE(errors)].call;
+        int type = ops[i / ARRAY_SIZE(errors)].type;
+        int niov = ops[i / ARRAY_SIZE(errors)].niov;
+        BdrvRequestFlags flags = ops[i / ARRAY_SIZE(errors)].flags;
+        int err = errors[i % ARRAY_SIZE(errors)];
+
+        if (call == CALL_PWRITEV2 && (!kind_direct(kind) ||
+                                      !RAW_AIO_HAVE_RWF)) {
+            continue;
+        }
+        if (call == CALL_FDATASYNC && !kind_direct(kind)) {
+            continue;   /* See test_flush_memory(). */
+        }
+        t.coroutine = i & 1;
+
+        hooks_reset();
+        fault(call, 1, -err);
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        if (type == QEMU_AIO_FLUSH) {
+            g_assert_cmpint(file_flush(&t), ==, -err);
+        } else {
+            g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, niov, flags, 0), ==,
+                            -err);
+        }
+        g_assert_cmpuint(calls(call), ==, 1);
+        if (type == QEMU_AIO_FLUSH) {
+            g_assert_cmpint(file_flush(&t), ==, 0);
+        } else {
+            g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, niov, flags, 0), ==,
+                            0);
+        }
+        g_assert_cmpuint(calls(call), ==, 2);
+        ASSERT_STATS(&t, 0, 0, 2, 0);
+
+        hooks_reset();
+        fault(call, 3, -EINTR);
+        fault(call, 1, call == CALL_FDATASYNC ? 0 : PASS);
+        if (type == QEMU_AIO_FLUSH) {
+            g_assert_cmpint(file_flush(&t), ==, 0);
+        } else {
+            g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, niov, flags, 0), ==,
+                            0);
+        }
+        g_assert_cmpuint(calls(call), ==, 4);
+        ASSERT_STATS(&t, 0, 0, 1, 0);
+    }
+
+    /* An error after a part was transferred */
+    hooks_reset();
+    fault(CALL_ANY_WRITE, 1, BLK);
+    fault(CALL_ANY_WRITE, 1, -ENOSPC);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, 0, 0), ==, -ENOSPC);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 2);
+    fault(CALL_ANY_READ, 1, BLK);
+    fault(CALL_ANY_READ, 1, -EIO);
+    g_assert_cmpint(file_read(&t, 0, 4 * BLK, 4, 0), ==, -EIO);
+    g_assert_cmpuint(calls(CALL_ANY_READ), ==, 2);
+
+    /* A write that makes no progress, at once and later */
+    hooks_reset();
+    fault(CALL_ANY_WRITE, 1, 0);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, 0, 0), ==, -ENOSPC);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+    fault(CALL_ANY_WRITE, 1, BLK);
+    fault(CALL_ANY_WRITE, 1, 0);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 1, 0, 0), ==, -ENOSPC);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 3);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 1, 0, 0), ==, 0);
+    file_close(&t);
+}
+
+#ifdef CONFIG_LINUX_AIO
+/* What the kernel says when it has taken the request */
+static void test_errors_native(int unused)
+{
+    static const int errors[] = {
+        EIO, ENOSPC, EDQUOT, ENODATA, EREMOTEIO, EFAULT, EAGAIN, EINTR
+    };
+    TestFile t;
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    for (int i = 0; i < 2 * ARRAY_SIZE(errors); i++) {
+        int type = i & 1 ? QEMU_AIO_WRITE : QEMU_AIO_READ;
+        int err = errors[i / 2];
+
+        hooks_reset();
+        t.coroutine = i & 2;
+        forge_iocb(-1, 0, 0, 1, -err);
+        /* No flag was to blame, so the answer is final. */
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, -err);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpuint(calls(CALL_ANY_READ), ==, 0);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 0);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+    }
+
+    /* Nothing written: the pool, which is asked for the rest, has the word. */
+    hooks_reset();
+    forge_iocb(IO_CMD_PWRITEV, 0, 0, 1, 0);
+    fault(CALL_ANY_WRITE, 1, 0);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, -ENOSPC);
+    file_close(&t);
+}
+
+#if RAW_AIO_HAVE_IOCB_FLAGS
+/* With RWF_NOWAIT, each error is checked without it, in the pool. */
+static void test_errors_nowait(int unused)
+{
+    static const int errors[] = {
+        EIO, ENOSPC, ENODATA, EFAULT, EAGAIN, EINTR, EINVAL, EOPNOTSUPP, ENOSYS
+    };
+    TestFile t;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    for (int i = 0; i < 2 * ARRAY_SIZE(errors); i++) {
+        bool is_write = i & 1;
+        int type = is_write ? QEMU_AIO_WRITE : QEMU_AIO_READ;
+        int opcode = is_write ? IO_CMD_PWRITEV : IO_CMD_PREADV;
+        int err = errors[i / 2];
+        bool learns = err == EIO || err == EINVAL || err == EOPNOTSUPP ||
+                      err == ENOSYS;
+
+        /* The pool says the same: that is the answer, and nothing is learnt. */
+        raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+        hooks_reset();
+        forge_iocb(opcode, 1, 0, ALWAYS, -err);
+        fault(is_write ? CALL_ANY_WRITE : CALL_ANY_READ, 1, -EIO);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpuint(calls(CALL_ANY_READ) + calls(CALL_ANY_WRITE), ==, 1);
+        ASSERT_STATS(&t, 0, 1, 1, 0);
+
+        /* The pool can do it. */
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 2);
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 0);
+        ASSERT_STATS(&t, 0, 1, 1, 0);
+
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, learns ? 2 : 3);
+        /* EIO stands for a wait, which is not for the event loop. */
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==,
+                         learns && err != EIO ? 1 : 0);
+        file_stats(&t);
+    }
+    file_close(&t);
+}
+#endif
+#endif /* CONFIG_LINUX_AIO */
+
+/*
+ * FUA
+ */
+
+static void test_fua_buffered(int kind)
+{
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 8; i++) {
+        int niov = i & 1 ? 4 : 1;
+
+        t.coroutine = i & 2;
+        disable(&t, i & 4 ? RAW_AIO_DISABLE_PREADV : 0);
+        hooks_reset();
+        fault(CALL_FDATASYNC, 1, 0);
+        g_assert_cmpint(file_write(&t, 0, 4 * BLK, niov, BDRV_REQ_FUA, i + 1),
+                        ==, 0);
+        check_file(&t, 0, 4 * BLK, i + 1);
+
+        /* The last of all, and before the completion */
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+        g_assert_cmpint(hooks.log[hooks.nr_log - 1].call, ==, CALL_FDATASYNC);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, i & 4 ? niov : 1);
+        g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 0);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    }
+
+    /* Without it there is none, and a failed write needs none. */
+    hooks_reset();
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+    fault(CALL_PWRITE, 1, -EIO);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, BDRV_REQ_FUA, 1), ==, -EIO);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+
+    /* Nor do reads. */
+    g_assert_cmpint(file_rw(&t, QEMU_AIO_READ, 0, BLK, 1, BDRV_REQ_FUA, 1), ==,
+                    0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+
+    hooks_reset();
+    fault(CALL_FDATASYNC, 1, -EIO);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, BDRV_REQ_FUA, 2), ==, -EIO);
+    file_close(&t);
+}
+
+#if RAW_AIO_HAVE_RWF
+static void test_fua_direct(int kind)
+{
+    static const int unsupported[] = { EOPNOTSUPP, EINVAL, ENOSYS };
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+
+    /* The flag works, or the kernel of this host does not have it. */
+    for (int i = 0; i < 4; i++) {
+        int type = QEMU_AIO_WRITE | (i & 2 ? QEMU_AIO_MISALIGNED : 0);
+
+        hooks_reset();
+        t.coroutine = i & 1;
+        g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, i & 1 ? 4 : 1,
+                                BDRV_REQ_FUA, i + 1), ==, 0);
+        check_file(&t, 0, 4 * BLK, i + 1);
+        if (calls(CALL_FDATASYNC) == 0) {
+            g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 1);
+            g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+            g_assert_cmpint(hooks.log[0].flags, ==, RAW_AIO_RWF_DSYNC);
+        }
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+        ASSERT_STATS(&t, 0, 0, 1, 0);
+    }
+
+    /* It does not, which is learnt by the write without. */
+    for (int i = 0; i < ARRAY_SIZE(unsupported); i++) {
+        raw_aio_set_fd(&t.f, reopen(&t, kind));
+        hooks_reset();
+        fault(CALL_PWRITEV2, ALWAYS, -unsupported[i]);
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+
+        fault(CALL_PWRITEV, 1, -EIO);
+        g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, 10), ==,
+                        -EIO);
+        g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 1);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+
+        /* That write failed, so the flag is still tried. */
+        g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, i), ==, 0);
+        check_file(&t, 0, 4 * BLK, i);
+        g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 2);
+        g_assert_cmpuint(calls(CALL_PWRITEV), ==, 2);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+        g_assert_cmpint(hooks.log[hooks.nr_log - 1].call, ==, CALL_FDATASYNC);
+
+        g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, i), ==, 0);
+        g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 2);
+        g_assert_cmpuint(calls(CALL_PWRITEV), ==, 3);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 2);
+
+        fault(CALL_FDATASYNC, 1, -EIO);
+        hooks_reset();
+        fault(CALL_FDATASYNC, 1, -EIO);
+        g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, i), ==,
+                        -EIO);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+    }
+
+    /* A short write, and then the flag is refused: all of it is made stable. */
+    raw_aio_set_fd(&t.f, reopen(&t, kind));
+    hooks_reset();
+    fault(CALL_PWRITEV2, 1, BLK);
+    fault(CALL_PWRITEV2, 1, -EOPNOTSUPP);
+    fault(CALL_FDATASYNC, 1, 0);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, 30), ==, 0);
+    check_file(&t, 0, 4 * BLK, 30);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+
+    /* An error of the disk is final. */
+    raw_aio_set_fd(&t.f, reopen(&t, kind));
+    hooks_reset();
+    fault(CALL_PWRITEV2, 1, -EIO);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, 30), ==, -EIO);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+
+    /* Without pwritev(), and so without pwritev2() */
+    hooks_reset();
+    disable(&t, RAW_AIO_DISABLE_PREADV);
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    g_assert_cmpint(file_write(&t, 0, 4 * BLK, 4, BDRV_REQ_FUA, 31), ==, 0);
+    check_file(&t, 0, 4 * BLK, 31);
+    g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+    file_close(&t);
+}
+#endif
+
+/*
+ * Flush
+ */
+
+/* Cached data: after a failed writeback nothing is stable any more. */
+static void test_flush_memory(int fua)
+{
+    TestFile t;
+
+    if (!file_open(&t, BUFFERED)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, 2, 0);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    t.coroutine = true;
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 2);
+    ASSERT_STATS(&t, 0, 0, 2, 0);
+
+    hooks_reset();
+    fault(CALL_FDATASYNC, 1, -EIO);
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    if (fua) {
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, BDRV_REQ_FUA, 1), ==, -EIO);
+    } else {
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+    }
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+
+    for (int i = 0; i < 4; i++) {
+        t.coroutine = i & 1;
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, BDRV_REQ_FUA, 1), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 1), ==, 0);
+        if (i == 1) {
+            raw_aio_set_fd(&t.f, reopen(&t, BUFFERED));
+        }
+    }
+    file_close(&t);
+}
+
+/*
+ * A flush while another one runs: that one may have begun before the last
+ * write, and if it fails, it is the only one that hears of it.
+ */
+static unsigned syncs_at_end;
+
+static void flush_concurrent_hook(Req *r)
+{
+    syncs_at_end = MIN(syncs_at_end, calls(CALL_FDATASYNC));
+}
+
+static void test_flush_concurrent(int err)
+{
+    Req r[4] = { 0 };
+    TestFile t;
+
+    if (!file_open(&t, BUFFERED)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, 1, -err);
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    gate_close(1u << CALL_FDATASYNC, -1);
+    req_start(&r[0], &t, QEMU_AIO_FLUSH, 0, 0);
+    gate_wait(1);
+
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+    syncs_at_end = UINT_MAX;
+    for (int i = 1; i < 3; i++) {
+        r[i].hook = flush_concurrent_hook;
+        req_start(&r[i], &t, QEMU_AIO_FLUSH, 0, 0);
+    }
+    req_init(&r[3], BLK, 1, false);
+    fill(r[3].buf, BLK, BLK, 1);
+    r[3].hook = flush_concurrent_hook;
+    req_start(&r[3], &t, QEMU_AIO_WRITE, BLK, BDRV_REQ_FUA);
+    while (!calls(CALL_PWRITE)) {
+        settle();
+    }
+    settle();
+    g_assert(!r[0].done && !r[1].done && !r[2].done && !r[3].done);
+
+    gate_open();
+    for (int i = 0; i < 4; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, -err);
+    }
+    if (!err) {
+        g_assert_cmpuint(syncs_at_end, >=, 2);
+    }
+    g_assert_cmpuint(calls(CALL_FDATASYNC), <=, 4);
+    g_assert_cmpint(file_flush(&t), ==, -err);
+    check_file(&t, 0, 2 * BLK, 1);
+    file_close(&t);
+    req_destroy(&r[3]);
+}
+
+/*
+ * When the file becomes O_DIRECT, what was lost is still lost, and another tier
+ * doing the flush does not change that.
+ */
+static void test_flush_memory_then_direct(int native)
+{
+    TestFile t;
+    int fd;
+
+    if (!file_open(&t, native ? BUFFERED_NATIVE : BUFFERED)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, 1, -EIO);
+    g_assert_cmpint(file_flush(&t), ==, -EIO);
+
+    fd = reopen(&t, DIRECT);
+    if (fd < 0) {
+        g_test_skip("no O_DIRECT");
+    } else {
+        raw_aio_set_fd(&t.f, fd);
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+        t.coroutine = true;
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+    }
+    file_close(&t);
+}
+
+static void test_flush_direct(int unused)
+{
+    TestFile t;
+
+    if (!file_open(&t, DIRECT)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, 1, -EIO);
+    g_assert_cmpint(file_flush(&t), ==, -EIO);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 2);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    ASSERT_STATS(&t, 0, 0, 2, 0);
+    file_close(&t);
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void test_flush_native(int unused)
+{
+    static const int unsupported[] = { EINVAL, EOPNOTSUPP, ENOSYS };
+    TestFile t;
+    Stats s;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+
+    /* The kernel does it, if it is not one of the very old ones. */
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+    file_stats(&t);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_FDSYNC][0], ==, 1);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_FDSYNC][1], ==, 0);
+    s = file_stats(&t);
+    g_assert_cmpuint(s.native + s.pool, ==, 1);
+    g_assert_cmpuint(s.pool, ==, calls(CALL_FDATASYNC));
+    g_assert_cmpuint(s.pool, ==, s.refused);
+
+    /* It refuses: the pool does it, and if it can, that is learnt. */
+    for (int i = 0; i < ARRAY_SIZE(unsupported); i++) {
+        raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+        hooks_reset();
+        refuse_iocb(IO_CMD_FDSYNC, -1, 0, ALWAYS, -unsupported[i]);
+        fault(CALL_FDATASYNC, 1, -EIO);
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpint(file_flush(&t), ==, 0);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 2);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+        g_assert_cmpint(file_flush(&t), ==, 0);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 3);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+        ASSERT_STATS(&t, 0, 2, 3, 0);
+
+        /* Reads and writes are not concerned. */
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 1), ==, 0);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 4);
+        file_stats(&t);
+    }
+
+    /* It has no room: not learnt */
+    raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+    hooks_reset();
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    refuse_iocb(IO_CMD_FDSYNC, -1, 0, 1, -EAGAIN);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_FDSYNC][0], ==, 2);
+
+    /* An error of the disk is final, since the kernel reports it once. */
+    for (int i = 0; i < 2; i++) {
+        file_stats(&t);
+        hooks_reset();
+        t.coroutine = i;
+        forge_iocb(IO_CMD_FDSYNC, -1, 0, 1, -EIO);
+        g_assert_cmpint(file_flush(&t), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 0);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+    }
+    file_close(&t);
+}
+
+/* A cached file: FDSYNC would not know what test_flush_memory() is about. */
+static void test_flush_buffered_native(int unused)
+{
+    TestFile t;
+
+    if (!file_open(&t, BUFFERED_NATIVE)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, 1, 0);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 1);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    file_close(&t);
+}
+
+/*
+ * Refused by io_submit()
+ */
+
+static void test_refused(int kind)
+{
+    static const int errors[] = {
+        EINVAL, EOPNOTSUPP, ENOSYS, EIO, EAGAIN, ENOMEM, EBADF, EINTR, EPERM
+    };
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 4 * ARRAY_SIZE(errors); i++) {
+        bool is_write = i & 1;
+        int type = is_write ? QEMU_AIO_WRITE : QEMU_AIO_READ;
+        Call call = is_write ? CALL_ANY_WRITE : CALL_ANY_READ;
+        int opcode = is_write ? IO_CMD_PWRITEV : IO_CMD_PREADV;
+        int err = errors[i / 4];
+
+        raw_aio_set_fd(&t.f, reopen(&t, kind));
+        hooks_reset();
+        t.coroutine = i & 2;
+        refuse_iocb(opcode, -1, 0, 1, -err);
+        g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, 4, 0, 0), ==, 0);
+        check_file(&t, 0, 4 * BLK, 0);
+        g_assert_cmpuint(calls(call), ==, 1);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        ASSERT_STATS(&t, 0, 1, 1, 0);
+
+        /* And if the pool can't do it either, the caller gets its answer. */
+        raw_aio_set_fd(&t.f, reopen(&t, kind));
+        hooks_reset();
+        refuse_iocb(opcode, -1, 0, 1, -err);
+        fault(call, 1, -ENOSPC);
+        g_assert_cmpint(file_rw(&t, type, 0, 4 * BLK, 4, 0, 0), ==, -ENOSPC);
+        g_assert_cmpuint(calls(call), ==, 1);
+        ASSERT_STATS(&t, 0, 1, 1, 0);
+    }
+    file_close(&t);
+}
+
+/* What is learnt of a refusal, and what is not */
+static void test_learning(int err)
+{
+    bool learns = err == EINVAL || err == EOPNOTSUPP || err == ENOSYS;
+    TestFile t;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    if (!RAW_AIO_HAVE_IOCB_FLAGS) {
+        g_test_skip("no RWF_NOWAIT in struct iocb");
+        file_close(&t);
+        return;
+    }
+    for (int i = 0; i < 2; i++) {
+        bool is_write = i & 1;
+        int type = is_write ? QEMU_AIO_WRITE : QEMU_AIO_READ;
+        int other_type = is_write ? QEMU_AIO_READ : QEMU_AIO_WRITE;
+        Call call = is_write ? CALL_ANY_WRITE : CALL_ANY_READ;
+        int opcode = is_write ? IO_CMD_PWRITEV : IO_CMD_PREADV;
+        int other = is_write ? IO_CMD_PREADV : IO_CMD_PWRITEV;
+
+        raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+        hooks_reset();
+        refuse_iocb(opcode, 1, 0, ALWAYS, -err);
+
+        /* The pool fails as well: that says nothing about the flag. */
+        fault(call, 1, -EIO);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, -EIO);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 1);
+
+        /* So the flag is tried again, and now the pool can do it. */
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 2);
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 0);
+        ASSERT_STATS(&t, 0, 2, 2, 0);
+
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        if (!learns) {
+            g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 3);
+            g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 0);
+            ASSERT_STATS(&t, 0, 1, 1, 0);
+            continue;
+        }
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 2);
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 1);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+
+        /* The other direction has it still. */
+        g_assert_cmpint(file_rw(&t, other_type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[other][1], ==, 1);
+        g_assert_cmpuint(hooks.iocbs[other][0], ==, 0);
+        file_stats(&t);
+
+        /* Not even without the flag: the pool fails, then it can do it. */
+        hooks_reset();
+        refuse_iocb(opcode, -1, 0, ALWAYS, -err);
+        fault(call, 1, -EIO);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, -EIO);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 2);
+        ASSERT_STATS(&t, 0, 2, 2, 0);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][0], ==, 2);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 0);
+        ASSERT_STATS(&t, 0, 0, 1, 0);
+        g_assert_cmpint(file_rw(&t, other_type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[other][1], ==, 1);
+
+        /* It is forgotten with the descriptor. */
+        raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+        hooks_reset();
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 1);
+        file_stats(&t);
+    }
+    file_close(&t);
+}
+
+/*
+ * The three ways in which io_submit() does not take everything
+ */
+
+#define BATCH 8
+
+typedef struct Batch {
+    TestFile t;
+    Req r[BATCH];
+} Batch;
+
+/* One write for each block, all in one defer_call section */
+static bool batch_open(Batch *b)
+{
+    if (!file_open(&b->t, NATIVE)) {
+        return false;
+    }
+    for (int i = 0; i < BATCH; i++) {
+        req_init(&b->r[i], BLK, 1, false);
+        fill(b->r[i].buf, i * BLK, BLK, 1);
+    }
+    return true;
+}
+
+static void batch_submit(Batch *b)
+{
+    defer_call_begin();
+    for (int i = 0; i < BATCH; i++) {
+        req_start(&b->r[i], &b->t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    defer_call_end();
+}
+
+static void batch_close(Batch *b)
+{
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b->r[i]), ==, 0);
+    }
+    check_file(&b->t, 0, BATCH * BLK, 1);
+    check_file(&b->t, BATCH * BLK, FILE_SIZE - BATCH * BLK, 0);
+    file_close(&b->t);
+    for (int i = 0; i < BATCH; i++) {
+        req_destroy(&b->r[i]);
+    }
+}
+
+static void test_submit_some(int unused)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    fault(CALL_IO_SUBMIT, 1, 3);
+    fault(CALL_IO_SUBMIT, 1, 1);
+    defer_call_begin();
+    batch_submit(&b);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    defer_call_end();
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    batch_close(&b);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    g_assert_cmpint(hooks.submitted, ==, BATCH);
+}
+
+/* One in the middle is at fault, or there is no room for it. */
+static void test_submit_middle(int err)
+{
+    bool full = err == EAGAIN;
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    refuse_iocb(IO_CMD_PWRITEV, -1, 2, 1, -err);
+    batch_submit(&b);
+    /* Two are taken, the third is refused, and then the rest is taken. */
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, full ? 2 : 3);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, !full);
+    ASSERT_STATS(&b.t, BATCH - !full, !full, !full, 0);
+    batch_close(&b);
+}
+
+static void test_submit_error(int err)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    /* Two are taken.  Then the first of the rest is at fault. */
+    fault(CALL_IO_SUBMIT, 1, 2);
+    fault(CALL_IO_SUBMIT, 1, -err);
+    batch_submit(&b);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+    g_assert_cmpint(hooks.log[hooks.nr_log - 1].offset, ==, 2 * BLK);
+    ASSERT_STATS(&b.t, BATCH - 1, 1, 1, 0);
+    batch_close(&b);
+}
+
+/* No room, or a signal: nothing is at fault, and a completion makes room. */
+static void test_submit_again(int err)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    fault(CALL_IO_SUBMIT, 1, 2);
+    fault(CALL_IO_SUBMIT, 1, -err);
+    batch_submit(&b);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    g_assert_cmpint(hooks.submitted, ==, BATCH);
+    ASSERT_STATS(&b.t, BATCH, 0, 0, 0);
+    batch_close(&b);
+}
+
+/* No completion is to come, so there is no use in waiting. */
+static void test_submit_again_alone(int err)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    fault(CALL_IO_SUBMIT, 3, -err);
+    batch_submit(&b);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 4);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 3);
+    ASSERT_STATS(&b.t, BATCH - 3, 3, 3, 0);
+    batch_close(&b);
+}
+
+/* Never again: one call for each request */
+static void test_submit_never(int err)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    fault(CALL_IO_SUBMIT, 1, 1);
+    fault(CALL_IO_SUBMIT, ALWAYS, -err);
+    batch_submit(&b);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), <=, 2 + BATCH);
+    ASSERT_STATS(&b.t, 1, BATCH - 1, BATCH - 1, 0);
+    batch_close(&b);
+}
+
+/* aio-max-batch, and what is sent by completions is one batch as well */
+static Req *resend_first;
+
+static void resend_hook(Req *r)
+{
+    Req *next = r + BATCH / 2;
+
+    r->hook = NULL;
+    req_start(next, r->t, QEMU_AIO_WRITE, (next - resend_first) * BLK, 0);
+}
+
+static void test_submit_batch(int unused)
+{
+    Batch b;
+
+    if (!batch_open(&b)) {
+        return;
+    }
+    b.t.f.aio_max_batch = 3;
+    defer_call_begin();
+    for (int i = 0; i < BATCH; i++) {
+        req_start(&b.r[i], &b.t, QEMU_AIO_WRITE, i * BLK, 0);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, (i + 1) / 3);
+    }
+    defer_call_end();
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 3);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+
+    /* What the context says, unless the file wants less */
+    for (int max = 2; max <= 8; max += 6) {
+        b.t.f.aio_max_batch = 4;
+        hooks_reset();
+        aio_context_set_aio_params(qemu_get_aio_context(), max);
+        batch_submit(&b);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, BATCH / MIN(max, 4));
+        for (int i = 0; i < BATCH; i++) {
+            g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+        }
+    }
+    aio_context_set_aio_params(qemu_get_aio_context(), 0);
+
+    /* All complete together, and each sends another. */
+    b.t.f.aio_max_batch = 0;
+    hooks_reset();
+    resend_first = b.r;
+    defer_call_begin();
+    for (int i = 0; i < BATCH; i++) {
+        b.r[i].done = 0;
+    }
+    for (int i = 0; i < BATCH / 2; i++) {
+        b.r[i].hook = resend_hook;
+        req_start(&b.r[i], &b.t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    defer_call_end();
+    while (ring_unread() < BATCH / 2) {
+        g_usleep(50);
+    }
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 2);
+    batch_close(&b);
+}
+#endif /* CONFIG_LINUX_AIO */
+
+/*
+ * Cancellation
+ */
+
+static void test_cancel_pool(int kind)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    TestFile t;
+    Req r[5];
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_init(&r[i], BLK, 1, false);
+        fill(r[i].buf, i * BLK, BLK, 1);
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 1, &error_abort);
+    gate_close(1u << CALL_PWRITE, -1);
+
+    /* The first runs, the others are queued. */
+    for (int i = 0; i < 3; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    gate_wait(1);
+    defer_call_begin();
+    for (int i = 3; i < 5; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    req_cancel(&r[3]);  /* not even queued yet */
+    req_cancel(&r[3]);
+    defer_call_end();
+    req_cancel(&r[1]);
+    req_cancel(&r[1]);
+    req_cancel(&r[0]);
+    g_assert_cmpint(req_wait(&r[1]), ==, -ECANCELED);
+    g_assert_cmpint(req_wait(&r[3]), ==, -ECANCELED);
+    g_assert(!r[0].done && !r[2].done && !r[4].done);
+
+    gate_open();
+    g_assert_cmpint(req_wait(&r[0]), ==, 0);
+    g_assert_cmpint(req_wait(&r[2]), ==, 0);
+    g_assert_cmpint(req_wait(&r[4]), ==, 0);
+    g_assert_cmpuint(calls(CALL_PWRITE), ==, 3);
+    for (int i = 0; i < 5; i++) {
+        check_file(&t, i * BLK, BLK, i != 1 && i != 3);
+    }
+    ASSERT_STATS(&t, 0, 0, 3, 0);
+
+    aio_context_set_thread_pool_params(ctx, 0, 64, &error_abort);
+    file_close(&t);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_destroy(&r[i]);
+    }
+}
+
+static void gate_open_timer(void *opaque)
+{
+    Req *r = opaque;
+
+    g_assert(!r->done);
+    gate_open();
+}
+
+/* The form that waits */
+static void test_cancel_pool_sync(int kind)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    TestFile t;
+    Req r[2];
+    QEMUTimer *timer;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_init(&r[i], BLK, 1, false);
+        fill(r[i].buf, i * BLK, BLK, 1);
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 1, &error_abort);
+    gate_close(1u << CALL_PWRITE, -1);
+    for (int i = 0; i < 2; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    gate_wait(1);
+
+    bdrv_aio_cancel(r[1].acb);
+    g_assert(r[1].done && !r[0].done);
+    g_assert_cmpint(r[1].ret, ==, -ECANCELED);
+
+    timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_MS, gate_open_timer,
+                          &r[0]);
+    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + 5);
+    bdrv_aio_cancel(r[0].acb);
+    g_assert(r[0].done);
+    g_assert_cmpint(r[0].ret, ==, 0);
+    timer_free(timer);
+
+    aio_context_set_thread_pool_params(ctx, 0, 64, &error_abort);
+    check_file(&t, 0, BLK, 1);
+    check_file(&t, BLK, BLK, 0);
+    file_close(&t);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_destroy(&r[i]);
+    }
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void test_cancel_native(int sync)
+{
+    TestFile t;
+    Req r[4];
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_init(&r[i], BLK, 1, false);
+        fill(r[i].buf, i * BLK, BLK, 1);
+    }
+
+    /* Pending */
+    defer_call_begin();
+    for (int i = 0; i < 4; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    if (sync) {
+        /* The loop that waits submits the others. */
+        bdrv_aio_cancel(r[0].acb);
+        g_assert(r[0].done);
+    } else {
+        for (int i = 0; i < 3; i += 2) {
+            req_cancel(&r[i]);
+            req_cancel(&r[i]);
+        }
+    }
+    defer_call_end();
+    for (int i = 0; i < 4; i++) {
+        bool cancelled = i == 0 || (i == 2 && !sync);
+
+        g_assert_cmpint(req_wait(&r[i]), ==, cancelled ? -ECANCELED : 0);
+        check_file(&t, i * BLK, BLK, !cancelled);
+    }
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_PWRITEV][0], ==, sync ? 3 : 2);
+    ASSERT_STATS(&t, sync ? 3 : 2, 0, 0, 0);
+
+    /* All of them, so that nothing is left to submit; then it goes on */
+    hooks_reset();
+    defer_call_begin();
+    for (int i = 0; i < 4; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        req_cancel(&r[i]);
+    }
+    defer_call_end();
+    for (int i = 0; i < 4; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, -ECANCELED);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, 0);
+
+    /* In the kernel */
+    hooks_reset();
+    for (int i = 0; i < 4; i++) {
+        req_start(&r[i], &t, QEMU_AIO_WRITE, i * BLK, 0);
+    }
+    g_assert_cmpuint(hooks.submitted, ==, 4);
+    for (int i = 0; i < 4; i++) {
+        if (!sync) {
+            req_cancel(&r[i]);
+        } else if (!r[i].done) {
+            bdrv_aio_cancel(r[i].acb);
+            g_assert(r[i].done);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+    }
+    check_file(&t, 0, 4 * BLK, 1);
+
+    /* Refused, and so on its way from the ring to the pool */
+    hooks_reset();
+    refuse_iocb(-1, -1, 0, 1, -EINVAL);
+    req_start(&r[0], &t, QEMU_AIO_WRITE, 0, 0);
+    req_cancel(&r[0]);
+    req_wait(&r[0]);
+    g_assert(r[0].ret == 0 || r[0].ret == -ECANCELED);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, !r[0].ret);
+
+    file_close(&t);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        req_destroy(&r[i]);
+    }
+}
+
+/*
+ * The kernel has written a part, the pool is to write the rest, and can't be
+ * asked to forget about it: the request has begun.
+ */
+static void test_cancel_rest(int queued)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    TestFile t;
+    Req blocker, r;
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 1, &error_abort);
+    gate_close((1u << CALL_PREAD) | (1u << CALL_PWRITE), -1);
+    if (queued) {
+        /* Nobody has time for the rest. */
+        req_init(&blocker, BLK, 1, true);
+        req_start(&blocker, &t, QEMU_AIO_READ | QEMU_AIO_MISALIGNED, 0, 0);
+        gate_wait(1);
+    }
+    req_init(&r, 2 * BLK, 1, false);
+    fill(r.buf, 0, 2 * BLK, 2);
+    refuse_iocb(-1, -1, 0, 1, BLK);
+    req_start(&r, &t, QEMU_AIO_WRITE, 0, 0);
+    if (queued) {
+        PAIOPoolInfo info;
+
+        do {
+            settle();
+            paio_pool_get_info(raw_aio_current_pool(), &info);
+        } while (!info.queued);
+    } else {
+        gate_wait(1);
+    }
+    req_cancel(&r);
+    gate_open();
+    g_assert_cmpint(req_wait(&r), ==, 0);
+    check_file(&t, 0, 2 * BLK, 2);
+
+    if (queued) {
+        g_assert_cmpint(req_wait(&blocker), ==, 0);
+        req_destroy(&blocker);
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 64, &error_abort);
+    file_close(&t);
+    req_destroy(&r);
+}
+#endif
+
+/*
+ * Whose descriptor
+ */
+
+static void test_descriptor(int kind)
+{
+    int old_fd, new_fd;
+    TestFile t;
+    Req r[2];
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 2; i++) {
+        req_init(&r[i], BLK, 1, false);
+    }
+    old_fd = file_fd(&t);
+    gate_close(1u << CALL_PREAD, old_fd);
+    for (int i = 0; i < 2; i++) {
+        req_start(&r[i], &t, QEMU_AIO_READ, i * BLK, 0);
+    }
+    gate_wait(2);
+
+    new_fd = reopen(&t, kind);
+    raw_aio_set_fd(&t.f, new_fd);
+    g_assert_cmpint(file_fd(&t), ==, new_fd);
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), !=, -1);
+
+    /* New requests go to the new one and don't wait for the old ones. */
+    hooks.nr_log = 0;
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, 0);
+    for (int i = 0; i < hooks.nr_log; i++) {
+        g_assert_cmpint(hooks.log[i].fd, ==, new_fd);
+    }
+    g_assert(!r[0].done && !r[1].done);
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), !=, -1);
+
+    gate_open();
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        check(r[i].buf, i * BLK, BLK, 0);
+    }
+    /* The last of them has closed it. */
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), ==, -1);
+    g_assert_cmpint(fcntl(new_fd, F_GETFD), !=, -1);
+
+    /* None for a while */
+    raw_aio_set_fd(&t.f, -1);
+    g_assert_cmpint(fcntl(new_fd, F_GETFD), ==, -1);
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, -EBADF);
+    new_fd = reopen(&t, kind);
+    raw_aio_set_fd(&t.f, new_fd);
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+
+    /* Held by someone else, and nothing in flight */
+    {
+        int held_fd;
+        RawAIODesc *desc = raw_aio_get_desc(&t.f, &held_fd);
+
+        g_assert_cmpint(held_fd, ==, new_fd);
+        raw_aio_set_fd(&t.f, reopen(&t, kind));
+        g_assert_cmpint(fcntl(held_fd, F_GETFD), !=, -1);
+        raw_aio_put_desc(desc);
+        g_assert_cmpint(fcntl(held_fd, F_GETFD), ==, -1);
+    }
+    file_close(&t);
+    for (int i = 0; i < 2; i++) {
+        req_destroy(&r[i]);
+    }
+}
+
+#ifdef CONFIG_LINUX_AIO
+/* Buffered or not is asked of the descriptor, each time there is a new one. */
+static void test_descriptor_flags(int unused)
+{
+    TestFile t;
+    int fd, old_fd;
+    Req r[2];
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    for (int i = 0; i < 3; i++) {
+        hooks_reset();
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+
+        raw_aio_set_fd(&t.f, reopen(&t, BUFFERED));
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+        g_assert_cmpint(file_flush(&t), ==, 0);
+        g_assert_cmpint(file_write(&t, 0, BLK, 4, BDRV_REQ_FUA, 0), ==, 0);
+        ASSERT_STATS(&t, 0, 0, 3, 0);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, 2);
+        g_assert_cmpuint(calls(CALL_PWRITEV2), ==, 0);
+
+        /* The flags as they are, not as they were at open() */
+        fd = reopen(&t, BUFFERED);
+        g_assert_cmpint(fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_DIRECT), ==,
+                        0);
+        raw_aio_set_fd(&t.f, fd);
+    }
+
+    /* Requests that wait in the ring finish on the old descriptor. */
+    hooks_reset();
+    old_fd = file_fd(&t);
+    defer_call_begin();
+    for (int i = 0; i < 2; i++) {
+        req_init(&r[i], BLK, 1, false);
+        req_start(&r[i], &t, QEMU_AIO_READ, i * BLK, 0);
+    }
+    raw_aio_set_fd(&t.f, reopen(&t, BUFFERED));
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), !=, -1);
+    defer_call_end();
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        check(r[i].buf, i * BLK, BLK, 0);
+        req_destroy(&r[i]);
+    }
+    ASSERT_STATS(&t, 2, 0, 0, 0);
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), ==, -1);
+
+    /*
+     * A refused request takes what it learnt to its own descriptor, and its
+     * retry goes there as well.
+     */
+    old_fd = file_fd(&t);
+    raw_aio_set_fd(&t.f, reopen(&t, NATIVE));
+    old_fd = file_fd(&t);
+    hooks_reset();
+    refuse_iocb(-1, -1, 0, 1, -EOPNOTSUPP);
+    gate_close(1u << CALL_PREAD, old_fd);
+    req_init(&r[0], BLK, 1, false);
+    req_start(&r[0], &t, QEMU_AIO_READ, 0, 0);
+    gate_wait(1);
+    raw_aio_set_fd(&t.f, reopen(&t, NATIVE));
+    gate_open();
+    g_assert_cmpint(req_wait(&r[0]), ==, 0);
+    check(r[0].buf, 0, BLK, 0);
+    req_destroy(&r[0]);
+    g_assert_cmpint(fcntl(old_fd, F_GETFD), ==, -1);
+    file_stats(&t);
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    ASSERT_STATS(&t, 1, 0, 0, 0);
+    file_close(&t);
+}
+#endif
+
+/*
+ * raw_aio_co_run()
+ */
+
+typedef struct Run {
+    TestFile *t;
+    int fd;
+    int seen_fd;
+    int ret;
+    bool done;
+    QemuSemaphore started;
+    QemuSemaphore go_on;
+} Run;
+
+static int run_func(void *opaque)
+{
+    Run *run = opaque;
+
+    run->seen_fd = run->fd;
+    qemu_sem_post(&run->started);
+    qemu_sem_wait(&run->go_on);
+    /* Still open, though nobody else uses it any more */
+    if (run->t && fcntl(run->seen_fd, F_GETFD) == -1) {
+        return -EBADF;
+    }
+    return 42;
+}
+
+static void coroutine_fn run_entry(void *opaque)
+{
+    Run *run = opaque;
+
+    run->ret = raw_aio_co_run(run->t ? &run->t->f : NULL, PAIO_SLOW, &run->fd,
+                              run_func, run);
+    run->done = true;
+}
+
+static void test_run(int with_file)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    Run run = { .fd = -2 };
+    TestFile t;
+
+    if (!file_open(&t, BUFFERED)) {
+        return;
+    }
+    qemu_sem_init(&run.started, 0);
+    qemu_sem_init(&run.go_on, 0);
+    run.t = with_file ? &t : NULL;
+    qemu_coroutine_enter(qemu_coroutine_create(run_entry, &run));
+    while (qemu_sem_timedwait(&run.started, 1)) {
+        aio_poll(ctx, false);
+    }
+    if (with_file) {
+        g_assert_cmpint(run.seen_fd, ==, file_fd(&t));
+        raw_aio_set_fd(&t.f, reopen(&t, BUFFERED));
+        g_assert_cmpint(run.seen_fd, !=, file_fd(&t));
+    } else {
+        g_assert_cmpint(run.fd, ==, -2);
+    }
+    g_assert(!run.done);
+    qemu_sem_post(&run.go_on);
+    while (!run.done) {
+        aio_poll(ctx, true);
+    }
+    g_assert_cmpint(run.ret, ==, 42);
+    if (with_file) {
+        g_assert_cmpint(fcntl(run.seen_fd, F_GETFD), ==, -1);
+        ASSERT_STATS(&t, 0, 0, 1, 0);
+    }
+    file_close(&t);
+    qemu_sem_destroy(&run.started);
+    qemu_sem_destroy(&run.go_on);
+}
+
+/*
+ * Nested event loops
+ */
+
+#define NESTED 20
+
+typedef struct Nested {
+    TestFile t;
+    Req r[NESTED];
+    int depth;
+    int max_depth;
+} Nested;
+
+static Nested *nested;
+
+/* Each completion waits for the next request. */
+static void nested_hook(Req *r)
+{
+    Req *next = r + 1;
+
+    nested->max_depth = MAX(nested->max_depth, ++nested->depth);
+    if (next < nested->r + NESTED) {
+        while (!next->done) {
+            aio_poll(r->ctx, true);
+        }
+    }
+    nested->depth--;
+}
+
+/* Until all of them are done, without running the event loop */
+static void wait_all_done(TestFile *t)
+{
+#ifdef CONFIG_LINUX_AIO
+    if (kind_native(t->kind)) {
+        while (ring_unread() < NESTED) {
+            g_usleep(50);
+        }
+        return;
+    }
+#endif
+    for (;;) {
+        PAIOPoolInfo info;
+
+        paio_pool_get_info(raw_aio_current_pool(), &info);
+        if (info.threads && info.idle == info.threads && !info.queued) {
+            return;
+        }
+        g_usleep(50);
+    }
+}
+
+static void nested_run(Kind kind, bool wait, bool cancel)
+{
+    Nested n = { 0 };
+
+    if (!file_open(&n.t, kind)) {
+        return;
+    }
+    nested = &n;
+    /* So that there is a worker, which takes an event loop to create */
+    disable(&n.t, RAW_AIO_DISABLE_NATIVE);
+    g_assert_cmpint(file_read(&n.t, 0, BLK, 1, 0), ==, 0);
+    disable(&n.t, 0);
+
+    defer_call_begin();
+    for (int i = 0; i < NESTED; i++) {
+        req_init(&n.r[i], BLK, 1, false);
+        n.r[i].hook = nested_hook;
+        req_start(&n.r[i], &n.t, QEMU_AIO_READ, i * BLK, 0);
+    }
+    if (cancel) {
+        for (int i = 0; i < NESTED; i++) {
+            req_cancel(&n.r[i]);
+        }
+    }
+    defer_call_end();
+    if (wait && !cancel) {
+        wait_all_done(&n.t);
+    }
+    for (int i = 0; i < NESTED; i++) {
+        g_assert_cmpint(req_wait(&n.r[i]), ==, cancel ? -ECANCELED : 0);
+        if (!cancel) {
+            check(n.r[i].buf, i * BLK, BLK, 0);
+        }
+    }
+    g_assert_cmpint(n.depth, ==, 0);
+    if (cancel || (wait && kind == NATIVE)) {
+        /* They were there when the first was called, so it waited for all. */
+        g_assert_cmpint(n.max_depth, >, 1);
+    }
+    file_close(&n.t);
+    for (int i = 0; i < NESTED; i++) {
+        req_destroy(&n.r[i]);
+    }
+}
+
+static void test_nested_in(void *opaque)
+{
+    Kind kind = *(int *)opaque;
+
+    for (int i = 0; i < 4; i++) {
+        nested_run(kind, i & 1, i & 2);
+    }
+}
+
+static void test_nested(int kind)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    IOThread *iothread;
+
+    test_nested_in(&kind);
+
+    /* The same with polling, where handlers are not entered twice */
+    aio_context_set_poll_params(ctx, 200 * SCALE_US, 0, 0, &error_abort);
+    for (int i = 0; i < 3; i++) {
+        test_nested_in(&kind);
+    }
+    aio_context_set_poll_params(ctx, 0, 0, 0, &error_abort);
+
+    iothread = iothread_new();
+    run_in(iothread, test_nested_in, &kind);
+    aio_context_set_poll_params(iothread_get_aio_context(iothread),
+                                200 * SCALE_US, 0, 0, &error_abort);
+    for (int i = 0; i < 3; i++) {
+        run_in(iothread, test_nested_in, &kind);
+    }
+    iothread_join(iothread);
+}
+
+/* A loop within a defer_call section waits for what was submitted in it. */
+static void test_nested_section(int kind)
+{
+    TestFile t;
+    Req r[3];
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 3; i++) {
+        req_init(&r[i], BLK, 1, false);
+    }
+    for (int n = 1; n <= 3; n++) {
+        defer_call_begin();
+        for (int i = 0; i < n; i++) {
+            req_start(&r[i], &t, QEMU_AIO_READ, i * BLK, 0);
+        }
+        for (int i = 0; i < n; i++) {
+            g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        }
+        /* And again, in the same section, two levels deep */
+        defer_call_begin();
+        req_start(&r[0], &t, QEMU_AIO_READ, 0, 0);
+        g_assert_cmpint(req_wait(&r[0]), ==, 0);
+        defer_call_end();
+        g_assert_cmpint(file_flush(&t), ==, 0);
+        defer_call_end();
+    }
+    file_close(&t);
+    for (int i = 0; i < 3; i++) {
+        req_destroy(&r[i]);
+    }
+}
+
+#ifdef CONFIG_LINUX_AIO
+/*
+ * The ring has no room, so the last request waits for a completion.  When that
+ * comes, its callback waits for this very request, or for a new one.
+ */
+typedef struct Blocked {
+    TestFile t;
+    Req *r;
+    int nr;
+    int done;
+    bool send;
+} Blocked;
+
+static Blocked *blocked;
+
+static void blocked_hook(Req *r)
+{
+    Req *last = &blocked->r[blocked->nr];
+
+    if (++blocked->done < blocked->nr) {
+        return;
+    }
+    if (blocked->send) {
+        req_start(last + 1, r->t, QEMU_AIO_READ, 0, 0);
+        g_assert_cmpint(req_wait(last + 1), ==, 0);
+    }
+    g_assert_cmpint(req_wait(last), ==, 0);
+}
+
+static void test_nested_blocked(int arg)
+{
+    bool full = arg & 1;
+    Blocked b = { .send = arg & 2 };
+
+    if (!file_open(&b.t, NATIVE)) {
+        return;
+    }
+    blocked = &b;
+    /* Creates the ring */
+    g_assert_cmpint(file_read(&b.t, 0, BLK, 1, 0), ==, 0);
+    b.nr = full ? stat64_get(&b.t.f.stats[RAW_AIO_RING_SIZE]) : 1;
+    b.r = g_new0(Req, b.nr + 2);
+    for (int i = 0; i < b.nr + 2; i++) {
+        req_init(&b.r[i], BLK, 1, false);
+        b.r[i].t = &b.t;
+    }
+
+    hooks_reset();
+    for (int i = 0; i <= b.nr; i++) {
+        if (i == b.nr && !full) {
+            fault(CALL_IO_SUBMIT, 1, -EAGAIN);
+        }
+        b.r[i].hook = i < b.nr ? blocked_hook : NULL;
+        req_start(&b.r[i], &b.t, QEMU_AIO_READ, i % FILE_BLKS * BLK, 0);
+    }
+    g_assert_cmpint(hooks.submitted, ==, b.nr);
+    while (ring_unread() < b.nr) {
+        g_usleep(50);
+    }
+    g_assert_cmpint(req_wait(&b.r[b.nr]), ==, 0);
+    for (int i = 0; i < b.nr; i++) {
+        g_assert_cmpint(req_wait(&b.r[i]), ==, 0);
+    }
+
+    file_close(&b.t);
+    for (int i = 0; i < b.nr + 2; i++) {
+        req_destroy(&b.r[i]);
+    }
+    g_free(b.r);
+}
+#endif
+
+/*
+ * Depth, and the stack
+ */
+
+#define DEPTH 10000
+
+typedef struct Deep {
+    TestFile t;
+    QEMUIOVector qiov;
+    int to_send;
+    int sent;
+    int done;
+    uint64_t max_in_kernel;
+    uintptr_t stack_low;
+    uintptr_t stack_high;
+} Deep;
+
+static void deep_send(Deep *d);
+
+static void deep_cb(void *opaque, int ret)
+{
+    Deep *d = opaque;
+    uintptr_t stack = (uintptr_t)__builtin_frame_address(0);
+
+    g_assert_cmpint(in_engine, ==, 0);
+    g_assert_cmpint(ret, ==, 0);
+    d->done++;
+    d->stack_low = MIN(d->stack_low, stack);
+    d->stack_high = MAX(d->stack_high, stack);
+    if (d->to_send) {
+        deep_send(d);
+    }
+}
+
+static void deep_send(Deep *d)
+{
+    d->to_send--;
+    in_engine++;
+    raw_aio_submit(&d->t.f, QEMU_AIO_READ, (d->sent++ % FILE_BLKS) * BLK,
+                   &d->qiov, 0, deep_cb, d);
+    in_engine--;
+    if (kind_native(d->t.kind)) {
+        /* Each completion that came is one that the kernel has no more. */
+        d->max_in_kernel = MAX(d->max_in_kernel, hooks.submitted - d->done);
+    }
+}
+
+static void deep_run(Kind kind, int at_once)
+{
+    g_autofree uint8_t *mem = g_malloc(2 * BLK);
+    Deep d = {
+        .to_send = DEPTH,
+        .stack_low = UINTPTR_MAX,
+    };
+    BlockStatsRawAio *s;
+
+    if (!file_open(&d.t, kind)) {
+        return;
+    }
+    /* All of them read into the same memory. */
+    qemu_iovec_init(&d.qiov, 1);
+    qemu_iovec_add(&d.qiov, (void *)ROUND_UP((uintptr_t)mem, BLK), BLK);
+
+    defer_call_begin();
+    for (int i = 0; i < at_once; i++) {
+        deep_send(&d);
+    }
+    defer_call_end();
+    while (d.done < DEPTH) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    g_assert_cmpint(d.to_send, ==, 0);
+    g_assert_cmpuint(d.stack_high - d.stack_low, <, 16 * KiB);
+
+    s = raw_aio_query_stats(&d.t.f);
+    if (kind == NATIVE) {
+        g_assert_cmpuint(s->native_served, ==, DEPTH);
+        g_assert_cmpuint(hooks.submitted, ==, DEPTH);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), <=, DEPTH);
+        g_assert_cmpuint(s->ring_size, >, 0);
+        g_assert_cmpuint(d.max_in_kernel, <=, s->ring_size);
+    } else {
+        g_assert_cmpuint(s->pool_served, ==, DEPTH);
+        g_assert_cmpuint(s->ring_size, ==, 0);
+    }
+    qapi_free_BlockStatsRawAio(s);
+    file_close(&d.t);
+    g_assert_cmpint(d.done, ==, DEPTH);
+    qemu_iovec_destroy(&d.qiov);
+}
+
+static void test_depth(int kind)
+{
+    deep_run(kind, DEPTH);
+}
+
+static void test_chain(int kind)
+{
+    deep_run(kind, 200);
+}
+
+/*
+ * The event loop is not starved
+ */
+
+#define CHAINS 16
+
+typedef struct Chains {
+    TestFile t;
+    Req r[CHAINS];
+    int in_turn;        /* completions in this turn of the event loop */
+    int total;
+    int ticks;
+    bool stop;
+    QEMUTimer *timer;
+} Chains;
+
+static Chains *chains;
+
+static void chains_hook(Req *r)
+{
+    g_assert_cmpint(r->ret, ==, 0);
+    chains->in_turn++;
+    chains->total++;
+    if (!chains->stop) {
+        req_start(r, r->t, QEMU_AIO_READ, r->offset, 0);
+    }
+}
+
+static void chains_tick(void *opaque)
+{
+    chains->ticks++;
+    timer_mod(chains->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + 1);
+}
+
+static void test_bounded(int kind)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    Chains c = { 0 };
+    bool shm = false;
+
+    /* Where a request is done before io_submit() returns */
+    if (access("/dev/shm", W_OK) == 0) {
+        g_autofree char *path = g_strdup("/dev/shm/test-raw-aio-XXXXXX");
+        int fd = g_mkstemp(path);
+        int direct_fd = fd < 0 ? -1 : open(path, O_RDWR | O_DIRECT);
+
+        shm = direct_fd >= 0;
+        if (shm) {
+            close(direct_fd);
+        }
+        if (fd >= 0) {
+            close(fd);
+            unlink(path);
+        }
+    }
+    if (!file_open_in(&c.t, kind, shm ? "/dev/shm" : g_get_tmp_dir())) {
+        return;
+    }
+    chains = &c;
+    c.timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_MS, chains_tick,
+                            NULL);
+    for (int i = 0; i < CHAINS; i++) {
+        req_init(&c.r[i], BLK, 1, false);
+        c.r[i].hook = chains_hook;
+        req_start(&c.r[i], &c.t, QEMU_AIO_READ, i * BLK, 0);
+    }
+    chains_tick(NULL);
+    while (c.ticks < 50) {
+        c.in_turn = 0;
+        aio_poll(ctx, true);
+        /* One dispatch for each of: the notifier, its bottom half, the pool */
+        g_assert_cmpint(c.in_turn, <=, 3 * CHAINS);
+    }
+    g_assert_cmpint(c.total, >, CHAINS);
+    c.stop = true;
+    for (int i = 0; i < CHAINS; i++) {
+        req_wait(&c.r[i]);
+        check(c.r[i].buf, i * BLK, BLK, 0);
+    }
+    timer_free(c.timer);
+    file_close(&c.t);
+    for (int i = 0; i < CHAINS; i++) {
+        req_destroy(&c.r[i]);
+    }
+}
+
+#ifdef CONFIG_LINUX_AIO
+/*
+ * No ring
+ */
+
+static void no_ring_io(void *opaque)
+{
+    TestFile *t = opaque;
+
+    for (int i = 0; i < 3; i++) {
+        g_assert_cmpint(file_write(t, 0, BLK, 1, 0, i), ==, 0);
+        g_assert_cmpint(file_read(t, 0, BLK, 1, i), ==, 0);
+        g_assert_cmpint(file_flush(t), ==, 0);
+    }
+}
+
+static void test_no_ring(int err)
+{
+    IOThread *iothread;
+    TestFile t;
+
+    if (g_test_subprocess()) {
+        fault(CALL_IO_SETUP, ALWAYS, -err);
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        if (!file_open(&t, NOWAIT)) {
+            return;
+        }
+        no_ring_io(&t);
+        /* Each context asks once. */
+        g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 1);
+        ASSERT_STATS(&t, 0, 0, 9, 0);
+        iothread = iothread_new();
+        run_in(iothread, no_ring_io, &t);
+        iothread_join(iothread);
+        g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 2);
+        ASSERT_STATS(&t, 0, 0, 9, 0);
+        file_close(&t);
+
+        /* Another file */
+        if (file_open(&t, NOWAIT)) {
+            no_ring_io(&t);
+            file_close(&t);
+        }
+        return;
+    }
+
+    /* Whether there can be such a file at all */
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    file_close(&t);
+
+    g_test_trap_subprocess(NULL, 0, 0);
+    g_test_trap_assert_passed();
+    g_test_trap_assert_stderr("*warning: aio=native is not available*");
+    g_test_trap_assert_stderr_unmatched("*warning*warning*");
+    if (err == EAGAIN) {
+        g_test_trap_assert_stderr("*fs.aio-max-nr*");
+    } else {
+        g_test_trap_assert_stderr_unmatched("*fs.aio-max-nr*");
+    }
+}
+
+/* A ring that can't be read is asked with io_getevents(). */
+static void unknown_ring_in(void *opaque)
+{
+    TestFile *t = opaque;
+
+    for (int i = 0; i < 3; i++) {
+        unsigned before = calls(CALL_IO_GETEVENTS);
+
+        g_assert_cmpint(file_write(t, 0, BLK, 1, 0, i), ==, 0);
+        g_assert_cmpint(file_read(t, 0, BLK, 1, i), ==, 0);
+        g_assert_cmpint(file_flush(t), ==, 0);
+        g_assert_cmpuint(calls(CALL_IO_GETEVENTS), >, before);
+        ASSERT_STATS(t, 3, 0, 0, 0);
+    }
+
+    /* More than are fetched at a time, and nested loops */
+    nested_run(NATIVE, false, false);
+    nested_run(NATIVE, false, true);
+}
+
+static void test_unknown_ring(int features)
+{
+    IOThread *iothread;
+    TestFile t;
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    hooks.hide_magic = !features;
+    hooks.hide_features = features;
+    iothread = iothread_new();
+    run_in(iothread, unknown_ring_in, &t);
+    iothread_join(iothread);
+    file_close(&t);
+}
+
+/* An AioContext takes its ring and its workers with it. */
+static int count_fds(void)
+{
+    int n = 0;
+
+    for (int fd = 0; fd < 1024; fd++) {
+        n += fcntl(fd, F_GETFD) != -1;
+    }
+    return n;
+}
+
+static void test_ring_freed(int unused)
+{
+    int (*do_submit)(io_context_t, long, struct iocb **) = real(CALL_IO_SUBMIT);
+    int fds;
+    TestFile t;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    fds = count_fds();
+    for (int i = 0; i < 20; i++) {
+        IOThread *iothread = iothread_new();
+
+        run_in(iothread, no_ring_io, &t);
+        g_assert_cmpint(do_submit(hooks.last_ring, 0, NULL), ==, 0);
+        iothread_join(iothread);
+        /* The kernel does not know it any more. */
+        g_assert_cmpint(do_submit(hooks.last_ring, 0, NULL), ==, -EINVAL);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 20);
+    g_assert_cmpint(count_fds(), ==, fds);
+    file_close(&t);
+}
+
+/* A ring that is known needs no system call. */
+static void test_known_ring(int unused)
+{
+    TestFile t;
+
+    if (!file_open(&t, NATIVE)) {
+        return;
+    }
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    g_assert_cmpuint(calls(CALL_IO_GETEVENTS), ==, 0);
+    file_close(&t);
+}
+
+/*
+ * Zoned devices: a write is sent once
+ */
+
+static void test_zoned_native(int type)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    type |= RAW_AIO_ZONED;
+
+    for (int i = 0; i < 2; i++) {
+        t.coroutine = i;
+        hooks_reset();
+        g_assert_cmpint(file_rw(&t, type, 0, len, 4, 0, 1), ==, 0);
+        check_file(&t, 0, len, 1);
+        g_assert_cmpuint(hooks.iocbs[IO_CMD_PWRITEV][0], ==, 1);
+        g_assert_cmpuint(hooks.iocbs[IO_CMD_PWRITEV][1], ==, 0);
+        ASSERT_STATS(&t, 1, 0, 0, 0);
+
+        /* Short */
+        hooks_reset();
+        refuse_iocb(IO_CMD_PWRITEV, -1, 0, 1, BLK);
+        g_assert_cmpint(file_rw(&t, type, 0, len, 4, 0, 2), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 0);
+        check_file(&t, BLK, len - BLK, 1);
+        ASSERT_STATS(&t, 1, 0, 0, 1);
+    }
+    t.coroutine = false;
+
+    /* No progress */
+    hooks_reset();
+    forge_iocb(IO_CMD_PWRITEV, -1, 0, 1, 0);
+    g_assert_cmpint(file_rw(&t, type, 0, len, 4, 0, 1), <, 0);
+    g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 0);
+
+    /* Errors after io_submit() */
+    for (int i = 0; i < 5; i++) {
+        static const int errors[] = {
+            EIO, EINVAL, EOPNOTSUPP, EAGAIN, ENOSPC
+        };
+
+        hooks_reset();
+        forge_iocb(IO_CMD_PWRITEV, -1, 0, 1, -errors[i]);
+        g_assert_cmpint(file_rw(&t, type, 0, len, 4, 0, 1), ==, -errors[i]);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 0);
+    }
+
+    /* Refused by io_submit(): nothing has moved, so the pool may try. */
+    for (int i = 0; i < 3; i++) {
+        static const int errors[] = { EIO, EINVAL, EAGAIN };
+
+        raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+        hooks_reset();
+        refuse_iocb(IO_CMD_PWRITEV, -1, 0, 1, -errors[i]);
+        g_assert_cmpint(file_rw(&t, type, 0, len, 4, 0, 3 + i), ==, 0);
+        check_file(&t, 0, len, 3 + i);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+    }
+
+    /* Reads are as ever: with the flag, if there is one, and continued. */
+    raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
+    hooks_reset();
+    refuse_iocb(IO_CMD_PREADV, -1, 0, 1, BLK);
+    g_assert_cmpint(file_rw(&t, QEMU_AIO_READ | RAW_AIO_ZONED, 0, len, 4, 0,
+                            5), ==, 0);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_PREADV][RAW_AIO_HAVE_IOCB_FLAGS], ==,
+                     1);
+    g_assert_cmpuint(calls(CALL_ANY_READ), ==, 1);
+    file_close(&t);
+}
+#endif /* CONFIG_LINUX_AIO */
+
+static void test_zoned_pool(int type)
+{
+    const size_t len = 4 * BLK;
+    TestFile t;
+
+    if (!file_open(&t, DIRECT)) {
+        return;
+    }
+    type |= RAW_AIO_ZONED;
+
+    /* One call, also when there is no pwritev(), a bounce buffer, or FUA */
+    for (int i = 0; i < 32; i++) {
+        int type1 = type | (i & 1 ? QEMU_AIO_MISALIGNED : 0);
+        int niov = i & 2 ? 4 : 1;
+        BdrvRequestFlags flags = i & 8 ? BDRV_REQ_FUA : 0;
+
+        t.coroutine = i & 16;
+        disable(&t, i & 4 ? RAW_AIO_DISABLE_PREADV : 0);
+        hooks_reset();
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        g_assert_cmpint(file_rw(&t, type1, 0, len, niov, flags, 1), ==, 0);
+        check_file(&t, 0, len, 1);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+        g_assert_cmpuint(calls(CALL_FDATASYNC), ==, flags ? 1 : 0);
+        ASSERT_STATS(&t, 0, 0, 1, 0);
+
+        hooks_reset();
+        fault(CALL_ANY_WRITE, 1, BLK);
+        g_assert_cmpint(file_rw(&t, type1, 0, len, niov, flags, 2), ==, -EIO);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+        check_file(&t, 0, BLK, 2);
+        check_file(&t, BLK, len - BLK, 1);
+        ASSERT_STATS(&t, 0, 0, 1, 1);
+
+        for (int j = 0; j < 3; j++) {
+            static const int errors[] = { EIO, EINVAL, EOPNOTSUPP };
+
+            hooks_reset();
+            fault(CALL_ANY_WRITE, 1, -errors[j]);
+            g_assert_cmpint(file_rw(&t, type1, 0, len, niov, flags, 1), ==,
+                            -errors[j]);
+            g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+        }
+        hooks_reset();
+        fault(CALL_ANY_WRITE, 1, 0);
+        g_assert_cmpint(file_rw(&t, type1, 0, len, niov, flags, 1), <, 0);
+        g_assert_cmpuint(calls(CALL_ANY_WRITE), ==, 1);
+        file_stats(&t);
+    }
+
+    disable(&t, 0);
+    hooks_reset();
+    g_assert_cmpint(file_write(&t, 0, len, 4, 0, 7), ==, 0);
+    fault(CALL_ANY_READ, 2, BLK);
+    g_assert_cmpint(file_rw(&t, QEMU_AIO_READ | RAW_AIO_ZONED, 0, len, 4, 0,
+                            7), ==, 0);
+    g_assert_cmpuint(calls(CALL_ANY_READ), ==, 3);
+    file_close(&t);
+}
+
+/*
+ * QEMU_RAW_AIO_DISABLE
+ */
+
+static unsigned parse_switches(const char *list)
+{
+    unsigned disabled;
+    RawAIOFile f;
+
+    g_setenv("QEMU_RAW_AIO_DISABLE", list, true);
+    raw_aio_open(&f, open("/dev/null", O_RDWR), false, 0);
+    g_unsetenv("QEMU_RAW_AIO_DISABLE");
+    disabled = f.disabled;
+    raw_aio_close(&f);
+    return disabled;
+}
+
+static void test_switches(int unused)
+{
+    if (g_test_subprocess()) {
+        g_assert_cmphex(parse_switches("native,nosuchtier,nowait"), ==,
+                        RAW_AIO_DISABLE_NATIVE | RAW_AIO_DISABLE_NOWAIT);
+        return;
+    }
+
+    g_assert_cmphex(parse_switches(""), ==, 0);
+    g_assert_cmphex(parse_switches("inline"), ==, RAW_AIO_DISABLE_INLINE);
+    g_assert_cmphex(parse_switches("native"), ==, RAW_AIO_DISABLE_NATIVE);
+    g_assert_cmphex(parse_switches("nowait"), ==, RAW_AIO_DISABLE_NOWAIT);
+    g_assert_cmphex(parse_switches("preadv"), ==, RAW_AIO_DISABLE_PREADV);
+    g_assert_cmphex(parse_switches("preadv,inline,nowait,native"), ==,
+                    RAW_AIO_DISABLE_INLINE | RAW_AIO_DISABLE_NATIVE |
+                    RAW_AIO_DISABLE_NOWAIT | RAW_AIO_DISABLE_PREADV);
+    g_assert_cmphex(parse_switches(",native,"), ==, RAW_AIO_DISABLE_NATIVE);
+
+    g_test_trap_subprocess(NULL, 0, 0);
+    g_test_trap_assert_passed();
+    g_test_trap_assert_stderr("*warning*'nosuchtier'*native*");
+    g_test_trap_assert_stderr_unmatched("*warning*warning*");
+}
+
+#ifdef CONFIG_LINUX_AIO
+static void test_switch_native(int unused)
+{
+    TestFile t;
+
+    if (!file_open(&t, NOWAIT)) {
+        return;
+    }
+    disable(&t, RAW_AIO_DISABLE_NATIVE);
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    g_assert_cmpint(file_flush(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    ASSERT_STATS(&t, 0, 0, 2, 0);
+
+    disable(&t, RAW_AIO_DISABLE_NOWAIT);
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, 0);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_PREADV][1], ==, 0);
+    g_assert_cmpuint(hooks.iocbs[IO_CMD_PWRITEV][1], ==, 0);
+    ASSERT_STATS(&t, 2, 0, 0, 0);
+    file_close(&t);
+}
+#endif
+
+/*
+ * Load: each slot has a part of the file for itself, of which it knows what is
+ * in it, and one random request in flight.
+ */
+
+#define SLOT_SIZE (4 * BLK)
+#define SLOTS (FILE_SIZE / SLOT_SIZE)
+
+typedef struct Load Load;
+
+typedef struct Slot {
+    Load *load;
+    AioContext *ctx;
+    GRand *rand;
+    int64_t base;
+    uint8_t model[SLOT_SIZE];
+    uint8_t *mem;
+    uint8_t *data;      /* of the present request, in one piece */
+    QEMUIOVector qiov;
+    int type;
+    BdrvRequestFlags flags;
+    size_t start;
+    size_t len;
+    bool in_flight;
+    bool cancelled;
+    int to_do;          /* requests */
+    uint64_t sent;
+    uint64_t nr_cancelled;
+} Slot;
+
+struct Load {
+    TestFile t;
+    bool faults;
+    bool read_only;
+    bool stop;          /* atomic */
+    int running;        /* slots; main thread */
+    Slot slots[SLOTS];
+};
+
+static void slot_next(Slot *s);
+
+static void slot_finished_bh(void *opaque)
+{
+    Load *load = opaque;
+
+    load->running--;
+}
+
+static void slot_verify(Slot *s, int ret)
+{
+    if (s->cancelled && ret == -ECANCELED) {
+        s->nr_cancelled++;
+        return;
+    }
+    g_assert_cmpint(ret, ==, 0);
+    if (s->type & QEMU_AIO_READ) {
+        qemu_iovec_to_buf(&s->qiov, 0, s->data, s->len);
+        g_assert(!memcmp(s->data, s->model + s->start, s->len));
+    } else if (s->type & QEMU_AIO_WRITE) {
+        memcpy(s->model + s->start, s->data, s->len);
+    }
+}
+
+static void slot_cb(void *opaque, int ret)
+{
+    Slot *s = opaque;
+
+    g_assert_cmpint(in_engine, ==, 0);
+    g_assert(qemu_get_current_aio_context() == s->ctx);
+    g_assert(s->in_flight);
+    s->in_flight = false;
+    slot_verify(s, ret);
+    qemu_iovec_destroy(&s->qiov);
+    slot_next(s);
+}
+
+static void slot_next(Slot *s)
+{
+    Load *load = s->load;
+    bool direct = kind_direct(load->t.kind);
+    int unit = direct ? BLK : 1;
+    int what = load->read_only ? 0 : g_rand_int_range(s->rand, 0, 16);
+    bool odd = direct && g_rand_int_range(s->rand, 0, 4) == 0;
+    int niov = g_rand_int_range(s->rand, 1, 5);
+    size_t pos = 0;
+    BlockAIOCB *acb;
+
+    if (!s->to_do || qatomic_read(&load->stop)) {
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), slot_finished_bh,
+                                load);
+        return;
+    }
+    s->to_do--;
+    s->sent++;
+    s->start = g_rand_int_range(s->rand, 0, SLOT_SIZE / unit) * unit;
+    s->len = g_rand_int_range(s->rand, 1, (SLOT_SIZE - s->start) / unit + 1) *
+             unit;
+    s->type = what == 15 ? QEMU_AIO_FLUSH
+            : what >= 7 ? QEMU_AIO_WRITE : QEMU_AIO_READ;
+    s->flags = s->type == QEMU_AIO_WRITE && load->faults && what == 14
+             ? BDRV_REQ_FUA : 0;
+
+    /* Parts of any size in memory that does not suit, or in one that does */
+    qemu_iovec_init(&s->qiov, niov);
+    for (int i = 0; i < niov && pos < s->len; i++) {
+        int part_unit = odd ? 1 : unit;
+        size_t left = (s->len - pos) / part_unit;
+        size_t part = i == niov - 1
+                    ? left : g_rand_int_range(s->rand, 1, left + 1);
+
+        qemu_iovec_add(&s->qiov, s->mem + odd + pos, part * part_unit);
+        pos += part * part_unit;
+    }
+    if (s->type & QEMU_AIO_WRITE) {
+        uint32_t seed = g_rand_int(s->rand);
+
+        for (size_t i = 0; i < s->len; i++) {
+            s->data[i] = seed + i * 13;
+        }
+        qemu_iovec_from_buf(&s->qiov, 0, s->data, s->len);
+    } else {
+        memset(s->mem, 0xaa, SLOT_SIZE + BLK);
+    }
+
+    s->in_flight = true;
+    in_engine++;
+    acb = raw_aio_submit(&load->t.f, s->type | (odd ? QEMU_AIO_MISALIGNED : 0),
+                         s->base + s->start,
+                         s->type & QEMU_AIO_FLUSH ? NULL : &s->qiov, s->flags,
+                         slot_cb, s);
+    s->cancelled = load->faults && g_rand_int_range(s->rand, 0, 16) == 0;
+    if (s->cancelled) {
+        bdrv_aio_cancel_async(acb);
+    }
+    in_engine--;
+}
+
+static void slot_start_bh(void *opaque)
+{
+    slot_next(opaque);
+}
+
+static bool load_start(Load *load, Kind kind, IOThread **iothreads,
+                       int nr_iothreads, bool use_main, int requests)
+{
+    int nr_ctx = nr_iothreads + use_main;
+
+    if (!file_open(&load->t, kind)) {
+        return false;
+    }
+    load->running = SLOTS;
+    for (int i = 0; i < SLOTS; i++) {
+        Slot *s = &load->slots[i];
+        int ctx = i % nr_ctx;
+
+        s->load = load;
+        s->ctx = ctx < nr_iothreads ? iothread_get_aio_context(iothreads[ctx])
+                                    : qemu_get_aio_context();
+        s->rand = g_rand_new_with_seed(g_test_rand_int());
+        s->base = i * SLOT_SIZE;
+        fill(s->model, s->base, SLOT_SIZE, 0);
+        s->mem = qemu_memalign(BLK, SLOT_SIZE + BLK);
+        s->data = g_malloc(SLOT_SIZE);
+        s->to_do = requests;
+    }
+    if (load->faults) {
+        hooks.chaos_unit = kind_direct(kind) ? BLK : 1;
+        hooks.chaos = g_test_rand_int() | 1;
+    }
+    for (int i = 0; i < SLOTS; i++) {
+        aio_bh_schedule_oneshot(load->slots[i].ctx, slot_start_bh,
+                                &load->slots[i]);
+    }
+    return true;
+}
+
+static void load_end(Load *load)
+{
+    uint64_t sent = 0, cancelled = 0;
+    Stats s;
+
+    while (load->running) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    hooks_reset();
+    for (int i = 0; i < SLOTS; i++) {
+        Slot *slot = &load->slots[i];
+        g_autofree uint8_t *buf = g_malloc(SLOT_SIZE);
+
+        g_assert(!slot->in_flight);
+        g_assert_cmpint(pread(load->t.check_fd, buf, SLOT_SIZE, slot->base),
+                        ==, SLOT_SIZE);
+        g_assert(!memcmp(buf, slot->model, SLOT_SIZE));
+        sent += slot->sent;
+        cancelled += slot->nr_cancelled;
+        g_rand_free(slot->rand);
+        g_free(slot->data);
+        qemu_vfree(slot->mem);
+    }
+
+    s = file_stats(&load->t);
+    g_assert_cmpuint(s.native + s.pool, ==, sent - cancelled);
+    g_test_message("%" PRIu64 " requests: %" PRIu64 " native, %" PRIu64
+                   " pool, %" PRIu64 " refused, %" PRIu64 " short, %" PRIu64
+                   " cancelled", sent, s.native, s.pool, s.refused, s.cut,
+                   cancelled);
+    file_close(&load->t);
+}
+
+/* One file, used in the main loop and in three IOThreads at once */
+static void test_contexts(int kind)
+{
+    g_autofree Load *load = g_new0(Load, 1);
+    IOThread *iothreads[3];
+
+    for (int i = 0; i < 3; i++) {
+        iothreads[i] = iothread_new();
+    }
+    fault(CALL_FDATASYNC, ALWAYS, 0);
+    if (load_start(load, kind, iothreads, 3, true, 150)) {
+        load_end(load);
+    }
+    for (int i = 0; i < 3; i++) {
+        iothread_join(iothreads[i]);
+    }
+}
+
+/* The descriptor changes all the time while two IOThreads read. */
+static void test_descriptor_stress(int kind)
+{
+    g_autofree Load *load = g_new0(Load, 1);
+    IOThread *iothreads[2];
+
+    for (int i = 0; i < 2; i++) {
+        iothreads[i] = iothread_new();
+    }
+    load->read_only = true;
+    if (load_start(load, kind, iothreads, 2, false, INT_MAX)) {
+        for (int i = 0; i < 1000; i++) {
+            Kind other = kind_direct(kind) && i % 3 ? kind : BUFFERED;
+
+            raw_aio_set_fd(&load->t.f, reopen(&load->t, other));
+            if (i % 50 == 0) {
+                g_usleep(1000);
+            }
+        }
+        qatomic_set(&load->stop, true);
+        load_end(load);
+    }
+    for (int i = 0; i < 2; i++) {
+        iothread_join(iothreads[i]);
+    }
+}
+
+static void fuzz_set_fd_timer(void *opaque)
+{
+    Load *load = opaque;
+
+    /* The same kind, but nothing is known about it. */
+    raw_aio_set_fd(&load->t.f, reopen(&load->t, load->t.kind));
+}
+
+static void fuzz_run(Kind kind, IOThread **iothreads, int nr_iothreads,
+                     int ms)
+{
+    g_autofree Load *load = g_new0(Load, 1);
+    int64_t end = g_get_monotonic_time() + ms * 1000;
+    QEMUTimer *timer;
+
+    load->faults = true;
+    if (!load_start(load, kind, iothreads, nr_iothreads, nr_iothreads == 0,
+                    INT_MAX)) {
+        return;
+    }
+    timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
+                          fuzz_set_fd_timer, load);
+    while (g_get_monotonic_time() < end) {
+        if (!timer_pending(timer)) {
+            timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + 5);
+        }
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    timer_free(timer);
+    qatomic_set(&load->stop, true);
+    load_end(load);
+}
+
+static void test_fuzz(int kind)
+{
+    IOThread *iothreads[3];
+
+    fuzz_run(kind, NULL, 0, 300);
+    for (int i = 0; i < 3; i++) {
+        iothreads[i] = iothread_new();
+    }
+    hooks_reset();
+    fuzz_run(kind, iothreads, 3, 300);
+    for (int i = 0; i < 3; i++) {
+        iothread_join(iothreads[i]);
+    }
+}
+
+static const struct TestCase {
+    const char *path;
+    void (*func)(int arg);
+    int arg;
+} tests[] = {
+    { "/raw-aio/data/buffered", test_data, BUFFERED },
+    { "/raw-aio/data/buffered-native", test_data, BUFFERED_NATIVE },
+    { "/raw-aio/data/direct", test_data, DIRECT },
+    { "/raw-aio/data/native", test_data, NATIVE },
+    { "/raw-aio/data/nowait", test_data, NOWAIT },
+    { "/raw-aio/data/empty-element/buffered", test_data_empty_element,
+      BUFFERED },
+    { "/raw-aio/data/empty-element/native", test_data_empty_element, NATIVE },
+    { "/raw-aio/short/buffered", test_short_buffered },
+    { "/raw-aio/short/direct", test_short_direct },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/short/native", test_short_native, NATIVE },
+    { "/raw-aio/short/nowait", test_short_native, NOWAIT },
+#endif
+    { "/raw-aio/eof/buffered", test_eof, BUFFERED },
+    { "/raw-aio/eof/direct", test_eof, DIRECT },
+    { "/raw-aio/eof/native", test_eof, NATIVE },
+    { "/raw-aio/eof/nowait", test_eof, NOWAIT },
+    { "/raw-aio/eof/einval-inside/buffered", test_eof_einval_inside, BUFFERED },
+    { "/raw-aio/eof/einval-inside/direct", test_eof_einval_inside, DIRECT },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/eof/einval-inside/native", test_eof_einval_inside_native },
+#endif
+    { "/raw-aio/errors/buffered", test_errors, BUFFERED },
+    { "/raw-aio/errors/direct", test_errors, DIRECT },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/errors/native", test_errors_native },
+#if RAW_AIO_HAVE_IOCB_FLAGS
+    { "/raw-aio/errors/nowait", test_errors_nowait },
+#endif
+#endif
+    { "/raw-aio/fua/buffered", test_fua_buffered, BUFFERED },
+    { "/raw-aio/fua/buffered-native", test_fua_buffered, BUFFERED_NATIVE },
+#if RAW_AIO_HAVE_RWF
+    { "/raw-aio/fua/direct", test_fua_direct, DIRECT },
+    { "/raw-aio/fua/native", test_fua_direct, NATIVE },
+#endif
+    { "/raw-aio/flush/memory", test_flush_memory, false },
+    { "/raw-aio/flush/memory-fua", test_flush_memory, true },
+    { "/raw-aio/flush/concurrent/ok", test_flush_concurrent, 0 },
+    { "/raw-aio/flush/concurrent/eio", test_flush_concurrent, EIO },
+    { "/raw-aio/flush/memory-then-direct/threads",
+      test_flush_memory_then_direct, false },
+    { "/raw-aio/flush/memory-then-direct/native",
+      test_flush_memory_then_direct, true },
+    { "/raw-aio/flush/direct", test_flush_direct },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/flush/native", test_flush_native },
+    { "/raw-aio/flush/buffered-native", test_flush_buffered_native },
+    { "/raw-aio/refused/native", test_refused, NATIVE },
+    { "/raw-aio/refused/nowait", test_refused, NOWAIT },
+    { "/raw-aio/learning/einval", test_learning, EINVAL },
+    { "/raw-aio/learning/eopnotsupp", test_learning, EOPNOTSUPP },
+    { "/raw-aio/learning/enosys", test_learning, ENOSYS },
+    { "/raw-aio/learning/eagain", test_learning, EAGAIN },
+    { "/raw-aio/learning/enomem", test_learning, ENOMEM },
+    { "/raw-aio/submit/some", test_submit_some },
+    { "/raw-aio/submit/middle/einval", test_submit_middle, EINVAL },
+    { "/raw-aio/submit/middle/eagain", test_submit_middle, EAGAIN },
+    { "/raw-aio/submit/error/einval", test_submit_error, EINVAL },
+    { "/raw-aio/submit/error/ebadf", test_submit_error, EBADF },
+    { "/raw-aio/submit/error/enomem", test_submit_error, ENOMEM },
+    { "/raw-aio/submit/again/eagain", test_submit_again, EAGAIN },
+    { "/raw-aio/submit/again/eintr", test_submit_again, EINTR },
+    { "/raw-aio/submit/again-alone/eagain", test_submit_again_alone, EAGAIN },
+    { "/raw-aio/submit/again-alone/eintr", test_submit_again_alone, EINTR },
+    { "/raw-aio/submit/never/eagain", test_submit_never, EAGAIN },
+    { "/raw-aio/submit/never/zero", test_submit_never, 0 },
+    { "/raw-aio/submit/batch", test_submit_batch },
+#endif
+    { "/raw-aio/cancel/pool", test_cancel_pool, BUFFERED },
+    { "/raw-aio/cancel/pool-sync", test_cancel_pool_sync, BUFFERED },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/cancel/native", test_cancel_native, false },
+    { "/raw-aio/cancel/native-sync", test_cancel_native, true },
+    { "/raw-aio/cancel/rest/running", test_cancel_rest, false },
+    { "/raw-aio/cancel/rest/queued", test_cancel_rest, true },
+#endif
+    { "/raw-aio/descriptor/buffered", test_descriptor, BUFFERED },
+    { "/raw-aio/descriptor/direct", test_descriptor, DIRECT },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/descriptor/flags", test_descriptor_flags },
+#endif
+    { "/raw-aio/descriptor/stress/buffered", test_descriptor_stress, BUFFERED },
+    { "/raw-aio/descriptor/stress/direct", test_descriptor_stress, DIRECT },
+    { "/raw-aio/descriptor/stress/nowait", test_descriptor_stress, NOWAIT },
+    { "/raw-aio/run/no-file", test_run, false },
+    { "/raw-aio/run/file", test_run, true },
+    { "/raw-aio/nested/buffered", test_nested, BUFFERED },
+    { "/raw-aio/nested/native", test_nested, NATIVE },
+    { "/raw-aio/nested/nowait", test_nested, NOWAIT },
+    { "/raw-aio/nested/section/buffered", test_nested_section, BUFFERED },
+    { "/raw-aio/nested/section/native", test_nested_section, NATIVE },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/nested/blocked/eagain-wait", test_nested_blocked, 0 },
+    { "/raw-aio/nested/blocked/full-wait", test_nested_blocked, 1 },
+    { "/raw-aio/nested/blocked/eagain-send", test_nested_blocked, 2 },
+    { "/raw-aio/nested/blocked/full-send", test_nested_blocked, 3 },
+#endif
+    { "/raw-aio/depth/buffered", test_depth, BUFFERED },
+    { "/raw-aio/depth/native", test_depth, NATIVE },
+    { "/raw-aio/chain/buffered", test_chain, BUFFERED },
+    { "/raw-aio/chain/native", test_chain, NATIVE },
+    { "/raw-aio/bounded/buffered", test_bounded, BUFFERED },
+    { "/raw-aio/bounded/native", test_bounded, NATIVE },
+    { "/raw-aio/bounded/nowait", test_bounded, NOWAIT },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/ring/none/eagain", test_no_ring, EAGAIN },
+    { "/raw-aio/ring/none/enosys", test_no_ring, ENOSYS },
+    { "/raw-aio/ring/none/eperm", test_no_ring, EPERM },
+    { "/raw-aio/ring/unknown/magic", test_unknown_ring, false },
+    { "/raw-aio/ring/unknown/features", test_unknown_ring, true },
+    { "/raw-aio/ring/known", test_known_ring },
+    { "/raw-aio/ring/freed", test_ring_freed },
+    { "/raw-aio/zoned/native/write", test_zoned_native, QEMU_AIO_WRITE },
+    { "/raw-aio/zoned/native/append", test_zoned_native, QEMU_AIO_ZONE_APPEND },
+#endif
+    { "/raw-aio/zoned/pool/write", test_zoned_pool, QEMU_AIO_WRITE },
+    { "/raw-aio/zoned/pool/append", test_zoned_pool, QEMU_AIO_ZONE_APPEND },
+    { "/raw-aio/switches/parse", test_switches },
+#ifdef CONFIG_LINUX_AIO
+    { "/raw-aio/switches/native", test_switch_native },
+#endif
+    { "/raw-aio/contexts/buffered", test_contexts, BUFFERED },
+    { "/raw-aio/contexts/direct", test_contexts, DIRECT },
+    { "/raw-aio/contexts/nowait", test_contexts, NOWAIT },
+    { "/raw-aio/fuzz/buffered", test_fuzz, BUFFERED },
+    { "/raw-aio/fuzz/direct", test_fuzz, DIRECT },
+    { "/raw-aio/fuzz/nowait", test_fuzz, NOWAIT },
+};
+
+static const char *current_test;
+
+static void run_test(gconstpointer opaque)
+{
+    const struct TestCase *test = opaque;
+
+    current_test = test->path;
+    hooks_reset();
+    alarm(HANG_SECONDS);
+    test->func(test->arg);
+    alarm(0);
+    hooks_reset();
+}
+
+static void hang_handler(int sig)
+{
+    static const char msg[] = ": hangs\n";
+
+    if (write(STDERR_FILENO, current_test, strlen(current_test)) < 0 ||
+        write(STDERR_FILENO, msg, strlen(msg)) < 0) {
+        /* There is nobody to tell. */
+    }
+    abort();
+}
+
+int main(int argc, char **argv)
+{
+    struct sigaction act = { .sa_handler = hang_handler };
+    sigset_t set;
+
+    qemu_init_main_loop(&error_abort);
+
+    /* QEMU's main loop wants to read it from a signalfd. */
+    sigaction(SIGALRM, &act, NULL);
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    g_unsetenv("QEMU_RAW_AIO_DISABLE");
+
+    g_test_init(&argc, &argv, NULL);
+    for (int i = 0; i < ARRAY_SIZE(tests); i++) {
+        g_test_add_data_func(tests[i].path, &tests[i], run_test);
+    }
+    return g_test_run();
+}
