@@ -60,8 +60,12 @@ trap stop_logged EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# Run a command with its output in LOG, and show how far it is: the last
-# "[n/m]" in the log if there is one, else that it still runs.
+# How far a command is, by its log: ninja's last "[n/m]". Scripts may have another.
+progress_of() { # LOG
+    tail -c 4096 "$1" | grep -ao '\[[0-9]*/[0-9]*\]' | tail -n 1
+}
+
+# Run a command with its output in LOG, and say now and then how far it is.
 run_logged() { # LOG CMD...
     local log=$1 status=0 every=30 next at
     shift
@@ -74,20 +78,23 @@ run_logged() { # LOG CMD...
         sleep 0.2
         [ "$SECONDS" -ge "$next" ] || continue
         next=$((SECONDS + every))
-        at=$(tail -c 4096 "$log" | grep -ao '\[[0-9]*/[0-9]*\]' | tail -n 1) || at=...
+        at=$(progress_of "$log") || at=
         if [ -t 1 ]; then
-            printf '\r[%s] %4ds  %s\033[K' "$prog" "$SECONDS" "$at"
+            printf '\r[%s] %4ds  %s\033[K' "$prog" "$SECONDS" "${at:-still at it}"
         else
-            say "$at"
+            say "${at:-still at it}"
         fi
     done
     [ ! -t 1 ] || printf '\r\033[K'
     wait "$logged_pid" || status=$?
     logged_pid=
-    if [ "$status" != 0 ]; then
-        tail -n 30 "$log" >&2
-    fi
     return "$status"
+}
+
+# The end of the log, then the reason and where to read more.
+die_log() { # LOG MESSAGE
+    tail -n 30 "$1" >&2
+    die "$2 (log: $1)"
 }
 
 # --- packages ---
@@ -137,8 +144,7 @@ install_packages() { # PACKAGE|./FILE.deb...
     system_apt install --no-install-recommends "$@" && return
     update_lists || true
     system_apt install --no-install-recommends "$@" && return
-    tail -n 30 "$work/log/packages.log" >&2
-    die "could not install $* (log: $work/log/packages.log)"
+    die_log "$work/log/packages.log" "could not install $*"
 }
 
 need_packages() { # PACKAGE...
