@@ -68,7 +68,7 @@ typedef struct PAIOWorker {
 
     /* Protected by PAIOPool.lock. */
     bool woken;     /* taken off the idle list by someone who has work */
-    bool borrowed;  /* created by a vCPU thread: goes when it has no work */
+    bool borrowed;  /* created by a vCPU thread: goes as soon as it can */
     bool retired;   /* does nothing any more but return */
     QLIST_ENTRY(PAIOWorker) idle_next;
 
@@ -189,10 +189,9 @@ static void paio_wake_locked(PAIOPool *pool)
     }
 }
 
-static bool paio_surplus_locked(PAIOPool *pool, PAIOWorker *w)
+static bool paio_surplus_locked(PAIOPool *pool)
 {
-    return pool->stopping || pool->nr_workers > pool->max_threads ||
-           (w->borrowed && pool->nr_workers > 1);
+    return pool->stopping || pool->nr_workers > pool->max_threads;
 }
 
 /*
@@ -270,7 +269,7 @@ static void *paio_worker(void *opaque)
 
     qemu_mutex_lock(&pool->lock);
     pool->nr_waking--;
-    while (!paio_surplus_locked(pool, w)) {
+    while (!paio_surplus_locked(pool)) {
         PAIORequest *req = paio_take_locked(pool);
         bool slow;
 
@@ -288,6 +287,9 @@ static void *paio_worker(void *opaque)
 
         if (slow) {
             pool->nr_slow--;
+        }
+        if (w->borrowed && pool->nr_workers > 1) {
+            break;
         }
     }
 

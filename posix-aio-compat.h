@@ -116,7 +116,8 @@ PAIOPool *paio_pool_new(AioContext *ctx);
  * paio_pool_free: Wait for the workers to end and free the pool.
  * @pool: a pool without requests in flight
  *
- * May be called in any thread once nothing can submit to @pool any more.
+ * May be called in any thread once nothing can submit to @pool any more and the
+ * callback of the last request has returned to the event loop.
  */
 void paio_pool_free(PAIOPool *pool);
 
@@ -144,8 +145,8 @@ void paio_submit(PAIOPool *pool, PAIORequest *req);
  * Called in the home thread.  On success the request completes soon with
  * -ECANCELED, through its callback and not from within this call.
  *
- * Returns: true if the request will complete with -ECANCELED, false if it is
- * running or already done and completes as if nothing had been asked
+ * Returns: true if this call took it back; false if it is running, done or taken
+ * back before, and completes as it would have without this call
  */
 bool paio_cancel(PAIOPool *pool, PAIORequest *req);
 
