@@ -3,6 +3,9 @@
 #
 # What the scripts in this directory share. Sourced, never run.
 
+# With it, cd would print where it goes.
+unset CDPATH
+
 top=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck disable=SC2034 # used by the scripts that source this
 work=$top/work
@@ -12,6 +15,10 @@ default_base=10.0
 
 # Messages of tools are read by these scripts, and lists must sort alike everywhere.
 export LC_ALL=C.UTF-8
+
+# What a user runs; QEMU's build has as much again that nobody here needs.
+# shellcheck disable=SC2034
+binaries=(qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64)
 
 # The Debian suite whose source package is the base.
 base_suite() {

@@ -582,6 +582,12 @@ int io_submit(io_context_t ctx, long nr, struct iocb **iocbs)
             iocb->u.c.buf = cut;
         }
         result[n] = rule_locked(&hooks.forge, iocb);
+#if RAW_AIO_HAVE_IOCB_FLAGS
+        if (result[n] != PASS) {
+            /* Not every file system takes it, and it does not matter. */
+            iocb->aio_rw_flags &= ~RAW_AIO_RWF_NOWAIT;
+        }
+#endif
     }
     pthread_mutex_unlock(&hooks.lock);
 
@@ -591,9 +597,8 @@ int io_submit(io_context_t ctx, long nr, struct iocb **iocbs)
         if (iocbs[i]->u.c.buf != saved[i].u.c.buf) {
             /* The kernel has copied it. */
             g_free(iocbs[i]->u.c.buf);
-            iocbs[i]->u.c.buf = saved[i].u.c.buf;
-            iocbs[i]->u.c.nbytes = saved[i].u.c.nbytes;
         }
+        *iocbs[i] = saved[i];
     }
     if (ret > 0) {
         pthread_mutex_lock(&hooks.lock);
@@ -2126,7 +2131,7 @@ static void test_learning(int err)
         g_assert_cmpuint(hooks.iocbs[opcode][1], ==, 0);
         ASSERT_STATS(&t, 0, 0, 1, 0);
         g_assert_cmpint(file_rw(&t, other_type, 0, BLK, 1, 0, 0), ==, 0);
-        g_assert_cmpuint(hooks.iocbs[other][1], ==, 1);
+        g_assert_cmpuint(hooks.iocbs[other][0] + hooks.iocbs[other][1], ==, 1);
 
         /* It is forgotten with the descriptor. */
         raw_aio_set_fd(&t.f, reopen(&t, NOWAIT));
@@ -2874,11 +2879,12 @@ static void nested_hook(Req *r)
 }
 
 /* Until all of them are done, without running the event loop */
-static void wait_all_done(TestFile *t)
+static void wait_all_done(TestFile *t, int64_t submitted_before)
 {
 #ifdef CONFIG_LINUX_AIO
     if (kind_native(t->kind)) {
-        while (ring_unread() < NESTED) {
+        /* With RWF_NOWAIT, some may not have been taken. */
+        while (ring_unread() < hooks.submitted - submitted_before) {
             g_usleep(50);
         }
         return;
@@ -2898,6 +2904,7 @@ static void wait_all_done(TestFile *t)
 static void nested_run(Kind kind, bool wait, bool cancel)
 {
     Nested n = { 0 };
+    int64_t before;
 
     if (!file_open(&n.t, kind)) {
         return;
@@ -2907,6 +2914,7 @@ static void nested_run(Kind kind, bool wait, bool cancel)
     disable(&n.t, RAW_AIO_DISABLE_NATIVE);
     g_assert_cmpint(file_read(&n.t, 0, BLK, 1, 0), ==, 0);
     disable(&n.t, 0);
+    before = hooks.submitted;
 
     defer_call_begin();
     for (int i = 0; i < NESTED; i++) {
@@ -2921,7 +2929,7 @@ static void nested_run(Kind kind, bool wait, bool cancel)
     }
     defer_call_end();
     if (wait && !cancel) {
-        wait_all_done(&n.t);
+        wait_all_done(&n.t, before);
     }
     for (int i = 0; i < NESTED; i++) {
         g_assert_cmpint(req_wait(&n.r[i]), ==, cancel ? -ECANCELED : 0);
