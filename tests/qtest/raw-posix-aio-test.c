@@ -830,7 +830,9 @@ static void virtio_run_range(VirtioDisk *v, uint32_t type, uint64_t offset,
 static void virtio_run_one(VirtioDisk *v, uint32_t type, uint64_t offset,
                            uint32_t bytes)
 {
-    virtio_run_range(v, type, offset, MAX(bytes, 1), MAX(bytes, 1));
+    Req req = { .type = type, .offset = offset, .bytes = bytes };
+
+    virtio_run(v, &req, 1);
 }
 
 /* Writes and reads of several sizes, which suit O_DIRECT as they are */
@@ -947,7 +949,7 @@ static void virtio_test_mixed(VirtioDisk *v)
     }
 }
 
-/* Returns: how many requests the pool served for @req */
+/* Returns: for how many requests @req made the pool work */
 static uint64_t virtio_run_in_pool(VirtioDisk *v, Req req)
 {
     Stats old = disk_stats(&v->disk), new;
