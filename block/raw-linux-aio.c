@@ -163,8 +163,9 @@ static void raw_laio_flush(void *opaque);
  *
  * A callback may run a nested event loop that waits for another finished
  * request.  These stay in the ring, which is reached through @ring, and
- * done_bh is scheduled before each callback that leaves some there.  A
- * callback may also submit requests that finish at once, and so on: budget
+ * done_bh is scheduled before each callback that leaves some there.  The nested
+ * loop may also wait for one that the ring had no room for, which flush_bh
+ * submits.  A callback may also submit requests that finish at once, and so on: budget
  * bounds the dispatch, the rest waits for the next turn of the event loop.
  */
 static void raw_laio_dispatch(RawLaioRing *ring)
@@ -180,6 +181,11 @@ static void raw_laio_dispatch(RawLaioRing *ring)
         if (raw_laio_nr_done(ring)) {
             qemu_bh_schedule(ring->done_bh);
         }
+        if (ring->blocked) {
+            /* There is room now.  A nested loop has to be able to use it. */
+            ring->blocked = false;
+            qemu_bh_schedule(ring->flush_bh);
+        }
         trace_raw_laio_complete(ring, req, res);
         req->state = RAW_LAIO_IDLE;
         req->cb(req->opaque, res);
@@ -193,7 +199,6 @@ static void raw_laio_dispatch(RawLaioRing *ring)
     }
 
     /* Not deferred: this may be a nested loop within a defer_call section. */
-    ring->blocked = false;
     raw_laio_flush(ring);
     defer_call_end();
 }
