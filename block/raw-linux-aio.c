@@ -164,9 +164,10 @@ static void raw_laio_flush(void *opaque);
  * A callback may run a nested event loop that waits for another finished
  * request.  These stay in the ring, which is reached through @ring, and
  * done_bh is scheduled before each callback that leaves some there.  The nested
- * loop may also wait for one that the ring had no room for, which flush_bh
- * submits.  A callback may also submit requests that finish at once, and so on: budget
- * bounds the dispatch, the rest waits for the next turn of the event loop.
+ * loop may also wait for a request that the ring had no room for: flush_bh
+ * submits it.  And a callback may submit requests that finish at once, and so
+ * on: budget bounds the dispatch, the rest waits for the next turn of the event
+ * loop.
  */
 static void raw_laio_dispatch(RawLaioRing *ring)
 {

@@ -440,14 +440,14 @@ static int raw_aio_fdatasync(RawAIORequest *req)
  * other could complete before it is remembered; so there is one at a time.
  * Each covers all who were waiting when it began.
  *
- * O_DIRECT has no cached data that could be lost.
+ * A file that was only open with O_DIRECT has no cached data to lose.
  */
 static int raw_aio_blocking_flush(RawAIORequest *req)
 {
     RawAIOFile *f = req->file;
     unsigned ticket;
 
-    if (req->desc->direct && !qatomic_read(&f->writeback_errno)) {
+    if (!qatomic_read(&f->was_cached)) {
         return raw_aio_fdatasync(req);
     }
 
@@ -696,12 +696,13 @@ static bool raw_aio_begin_native(RawAIORequest *req)
         raw_aio_knows(desc, raw_aio_no_native(req))) {
         return false;
     }
-    if (is_flush ? qatomic_read(&f->writeback_errno)
-                 : raw_aio_makes_stable(req)) {
+    /* A flush that may have to remember an error is for a worker as well. */
+    if (is_flush ? qatomic_read(&f->was_cached) : raw_aio_makes_stable(req)) {
         return false;
     }
     ring = raw_aio_context_ring(req->home);
     if (!ring) {
+        raw_aio_count(f, RAW_AIO_NATIVE_REFUSED);
         return false;
     }
     stat64_max(&f->stats[RAW_AIO_RING_SIZE], raw_laio_entries(ring));
@@ -923,6 +924,7 @@ void raw_aio_open(RawAIOFile *f, int fd, bool native, uint64_t aio_max_batch)
         .disabled = switches ? raw_aio_parse_switches(switches) : 0,
         .desc = raw_aio_desc_new(fd),
     };
+    f->was_cached = !f->desc->direct;
     qemu_mutex_init(&f->sync_lock);
     trace_raw_aio_open(f, fd, f->desc->direct, native);
 }
@@ -932,6 +934,10 @@ void raw_aio_set_fd(RawAIOFile *f, int fd)
     RawAIODesc *desc = raw_aio_desc_new(fd);
 
     trace_raw_aio_open(f, fd, desc->direct, f->native);
+    if (fd >= 0 && !desc->direct) {
+        /* Before requests can see the descriptor: the xchg is a barrier. */
+        qatomic_set(&f->was_cached, true);
+    }
     /* Pairs with the read in raw_aio_desc_ref(). */
     desc = qatomic_xchg(&f->desc, desc);
     raw_aio_put_desc(desc);

@@ -54,6 +54,11 @@ typedef struct RawAIOFile {
     RawAIODesc *desc;
 
     /*
+     * Whether the file was ever open without O_DIRECT; set by the main thread
+     * before that descriptor can be used, never reset, atomic.
+     */
+    bool was_cached;
+    /*
      * One fdatasync() of cached data at a time, held by the worker that calls
      * it; see raw_aio_blocking_flush().
      */

@@ -60,6 +60,8 @@ logged_pid=
 stop_logged() {
     [ -n "$logged_pid" ] || return 0
     kill "$logged_pid" 2>/dev/null || true
+    # One that was stopped does not end before it goes on.
+    kill -CONT "$logged_pid" 2>/dev/null || true
     wait "$logged_pid" 2>/dev/null || true
     logged_pid=
 }

@@ -3257,13 +3257,12 @@ static void test_bounded(int kind)
         req_start(&c.r[i], &c.t, QEMU_AIO_READ, i * BLK, 0);
     }
     chains_tick(NULL);
-    while (c.ticks < 50) {
+    while (c.ticks < 50 || c.total < 10 * CHAINS) {
         c.in_turn = 0;
         aio_poll(ctx, true);
         /* One dispatch for each of: the notifier, its bottom half, the pool */
         g_assert_cmpint(c.in_turn, <=, 3 * CHAINS);
     }
-    g_assert_cmpint(c.total, >, CHAINS);
     c.stop = true;
     for (int i = 0; i < CHAINS; i++) {
         req_wait(&c.r[i]);
@@ -3304,14 +3303,14 @@ static void test_no_ring(int err)
             return;
         }
         no_ring_io(&t);
-        /* Each context asks once. */
+        /* Each context asks once; each request that had to do without counts */
         g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 1);
-        ASSERT_STATS(&t, 0, 0, 9, 0);
+        ASSERT_STATS(&t, 0, 9, 9, 0);
         iothread = iothread_new();
         run_in(iothread, no_ring_io, &t);
         iothread_join(iothread);
         g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 2);
-        ASSERT_STATS(&t, 0, 0, 9, 0);
+        ASSERT_STATS(&t, 0, 9, 9, 0);
         file_close(&t);
 
         /* Another file */
