@@ -145,8 +145,8 @@ void paio_submit(PAIOPool *pool, PAIORequest *req);
  * Called in the home thread.  On success the request completes soon with
  * -ECANCELED, through its callback and not from within this call.
  *
- * Returns: true if this call took it back; false if it is running, done or taken
- * back before, and completes as it would have without this call
+ * Returns: true if this call took it back; false if it is running, done, or was
+ * taken back before, and completes as it would have without this call
  */
 bool paio_cancel(PAIOPool *pool, PAIORequest *req);
 
