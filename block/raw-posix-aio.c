@@ -465,8 +465,7 @@ static int raw_aio_blocking_flush(RawAIORequest *req)
         int ret = raw_aio_fdatasync(req);
 
         if (ret < 0) {
-            /* Pairs with the reads without the lock, which need no order. */
-            qatomic_set(&f->writeback_errno, -ret);
+            f->writeback_errno = -ret;
         } else {
             f->sync_covered = covers;
         }
@@ -483,11 +482,12 @@ static int raw_aio_blocking_rw_aligned(RawAIORequest *req, QEMUIOVector *qiov)
     int ret;
 
     /*
-     * RWF_DSYNC may use the FUA of the device.  Not for cached files: there it
-     * would swallow a writeback error that raw_aio_blocking_flush() has to
-     * remember.  Not for writes that can't be tried again without the flag.
+     * RWF_DSYNC may use the FUA of the device.  Not for files that were cached:
+     * there it would swallow a writeback error that raw_aio_blocking_flush() has
+     * to remember.  Not for writes that can't be tried again without the flag.
      */
-    if (RAW_AIO_HAVE_RWF && fua && req->desc->direct && !req->done &&
+    if (RAW_AIO_HAVE_RWF && fua && !req->done &&
+        !qatomic_read(&req->file->was_cached) &&
         raw_aio_has_preadv(req->file) && !raw_aio_once_only(req) &&
         !raw_aio_knows(req->desc, RAW_AIO_NO_DSYNC)) {
         ret = raw_aio_transfer_all(req, qiov, RAW_AIO_RWF_DSYNC);

@@ -67,8 +67,7 @@ typedef struct RawAIOFile {
     unsigned sync_covered;
     /*
      * Positive errno of the first failed writeback of cached data, or 0.  Never
-     * reset: nobody knows what the disk holds.  Written under sync_lock, also
-     * read without it: atomic.
+     * reset: nobody knows what the disk holds.  sync_lock.
      */
     int writeback_errno;
     /* Newest ticket of a request that needs an fdatasync(); atomic. */
