@@ -597,7 +597,7 @@ static void pool_warm_up(TestPool *tp, int n)
 typedef struct CtxCall {
     void (*fn)(void *);
     void *opaque;
-    QemuEvent done;
+    QemuSemaphore done;
 } CtxCall;
 
 static void ctx_call_bh(void *opaque)
@@ -605,7 +605,7 @@ static void ctx_call_bh(void *opaque)
     CtxCall *call = opaque;
 
     call->fn(call->opaque);
-    qemu_event_set(&call->done);
+    qemu_sem_post(&call->done);
 }
 
 /* Run a function in the home thread of @ctx and wait for its end. */
@@ -617,10 +617,10 @@ static void ctx_call(AioContext *ctx, void (*fn)(void *), void *opaque)
         fn(opaque);
         return;
     }
-    qemu_event_init(&call.done, false);
+    qemu_sem_init(&call.done, 0);
     aio_bh_schedule_oneshot(ctx, ctx_call_bh, &call);
-    qemu_event_wait(&call.done);
-    qemu_event_destroy(&call.done);
+    qemu_sem_wait(&call.done);
+    qemu_sem_destroy(&call.done);
 }
 
 /*
@@ -1174,7 +1174,7 @@ typedef struct Party {
     TestPool tp;
     TestReq *reqs;
     int chain_left;
-    QemuEvent end;
+    QemuSemaphore end;
 } Party;
 
 #define PARTY_DEPTH 16
@@ -1191,7 +1191,7 @@ static void party_done(TestReq *r)
         r->value++;
         req_submit(r);
     } else if (!party->tp.in_flight) {
-        qemu_event_set(&party->end);
+        qemu_sem_post(&party->end);
     }
 }
 
@@ -1231,7 +1231,7 @@ static void test_contexts(void)
             party->iothread = iothread_new();
             party->ctx = iothread_get_aio_context(party->iothread);
         }
-        qemu_event_init(&party->end, false);
+        qemu_sem_init(&party->end, 0);
     }
     for (int i = 1; i < ARRAY_SIZE(parties); i++) {
         aio_bh_schedule_oneshot(parties[i].ctx, party_begin, &parties[i]);
@@ -1241,9 +1241,9 @@ static void test_contexts(void)
 
     for (int i = 0; i < ARRAY_SIZE(parties); i++) {
         watchdog_note("end of a context's requests", __LINE__);
-        qemu_event_wait(&parties[i].end);
+        qemu_sem_wait(&parties[i].end);
         ctx_call(parties[i].ctx, party_finish, &parties[i]);
-        qemu_event_destroy(&parties[i].end);
+        qemu_sem_destroy(&parties[i].end);
         if (parties[i].iothread) {
             iothread_join(parties[i].iothread);
         }

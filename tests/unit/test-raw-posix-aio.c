@@ -1060,7 +1060,7 @@ static int file_flush(TestFile *t)
 typedef struct ThreadCall {
     void (*func)(void *opaque);
     void *opaque;
-    QemuEvent done;
+    QemuSemaphore done;
 } ThreadCall;
 
 static void thread_call_bh(void *opaque)
@@ -1068,18 +1068,18 @@ static void thread_call_bh(void *opaque)
     ThreadCall *c = opaque;
 
     c->func(c->opaque);
-    qemu_event_set(&c->done);
+    qemu_sem_post(&c->done);
 }
 
 static void run_in(IOThread *iothread, void (*func)(void *), void *opaque)
 {
     ThreadCall c = { .func = func, .opaque = opaque };
 
-    qemu_event_init(&c.done, false);
+    qemu_sem_init(&c.done, 0);
     aio_bh_schedule_oneshot(iothread_get_aio_context(iothread), thread_call_bh,
                             &c);
-    qemu_event_wait(&c.done);
-    qemu_event_destroy(&c.done);
+    qemu_sem_wait(&c.done);
+    qemu_sem_destroy(&c.done);
 }
 
 /*
