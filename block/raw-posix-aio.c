@@ -483,8 +483,8 @@ static int raw_aio_blocking_rw_aligned(RawAIORequest *req, QEMUIOVector *qiov)
 
     /*
      * RWF_DSYNC may use the FUA of the device.  Not for files that were cached:
-     * there it would swallow a writeback error that raw_aio_blocking_flush() has
-     * to remember.  Not for writes that can't be tried again without the flag.
+     * it would swallow a writeback error that raw_aio_blocking_flush() has to
+     * remember.  Not for writes that can't be tried again without the flag.
      */
     if (RAW_AIO_HAVE_RWF && fua && !req->done &&
         !qatomic_read(&req->file->was_cached) &&
