@@ -66,8 +66,8 @@ stop_logged() {
     logged_pid=
 }
 trap stop_logged EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+trap 'echo "$prog: interrupted" >&2; exit 130' INT
+trap 'echo "$prog: interrupted" >&2; exit 143' TERM HUP
 
 # How far a command is, by its log: ninja's last "[n/m]". Scripts may have another.
 progress_of() { # LOG
