@@ -127,6 +127,7 @@ system_apt() {
 # Someone else's update may hold the lock on the lists, for which apt does not wait.
 update_lists() {
     local try
+    as_root true 2>/dev/null || return 1
     mkdir -p "$work/log"
     say "updating the machine's package lists"
     for try in 1 2 3; do
