@@ -93,6 +93,7 @@ typedef struct RawAIORequest {
      */
     unsigned suspect;
     bool nowait;            /* the native attempt has RWF_NOWAIT */
+    bool partial;           /* the native tier has transferred a part */
 
     PAIORequest pool;
 #ifdef CONFIG_LINUX_AIO
@@ -625,6 +626,7 @@ static void raw_aio_native_short(RawAIORequest *req, size_t len)
         return;
     }
     req->done = len;
+    req->partial = true;
     raw_aio_begin_pool(req);
 }
 
@@ -834,8 +836,8 @@ static void raw_aio_cancel_async(BlockAIOCB *common)
 {
     RawAIORequest *req = &container_of(common, RawAIOCB, common)->req;
 
-    if (req->done) {
-        return; /* The rest of a short transfer: a part has been written. */
+    if (req->partial) {
+        return; /* A part has been written.  "done" may be a worker's now. */
     }
 #ifdef CONFIG_LINUX_AIO
     if (req->home->ring && raw_laio_cancel(req->home->ring, &req->laio)) {
