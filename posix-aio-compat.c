@@ -6,6 +6,9 @@
  *   incoming   what the home thread submitted in this turn; needs no lock
  *      |       paio_hand_over(): one lock and as many wake-ups as there is
  *      v       work for idle workers
+ *  (waiting)   only if the request's lane is full; protected by the lock
+ *      |       paio_admit_locked(): there is room in the lane
+ *      v
  *    queue     one list for each class, protected by the lock
  *      |       paio_take_locked(): a worker takes the oldest that it may
  *      v
@@ -52,13 +55,47 @@
  */
 #define PAIO_GROW_NS (500 * SCALE_US)
 
+/*
+ * A worker that finds no work looks for more for a moment before it sleeps, see
+ * paio_spin_locked().  Above what it takes to wake a thread, also in a virtual
+ * machine (10 to 60 us), and no more than twice as long as the event loop
+ * itself may look (poll-max-ns).
+ */
+#define PAIO_SPIN_MAX_NS (64 * SCALE_US)
+
+/* How many looks at PAIOPool.arrivals between two looks at the clock */
+#define PAIO_SPIN_LOOKS 32
+
+/* Where spinning does not pay, it is tried again so often, so many times. */
+#define PAIO_SPIN_TRIAL_EVERY   256
+#define PAIO_SPIN_TRIALS        8
+
+/* How many workers are woken outside the lock at a time */
+#define PAIO_WAKE_BATCH 16
+
 /* How long a surplus worker waits for work, as in util/thread-pool.c. */
 #define PAIO_IDLE_MS (10 * 1000)
 
 /* After a failed thread creation, how long the other workers have to do. */
 #define PAIO_CREATE_RETRY_NS NANOSECONDS_PER_SECOND
 
+/*
+ * A lane gets wider when a request takes longer than this for each of those
+ * that run side by side, and narrower again below half of it.  Above what a
+ * write to the page cache takes, and below what it takes when it waits for a
+ * disk or a server.
+ */
+#define PAIO_LANE_SLOW_NS (100 * SCALE_US)
+
 typedef QTAILQ_HEAD(, PAIORequest) PAIORequestList;
+
+/* Protected by PAIOPool.lock */
+typedef struct PAIOLane {
+    PAIORequestList waiting;
+    int running;        /* admitted to the queue, or run by a worker */
+    int width;          /* so many may run; at least 1 */
+    int64_t moved_ns;   /* when one was last admitted or finished */
+} PAIOLane;
 
 typedef struct PAIOWorker {
     PAIOPool *pool;
@@ -82,6 +119,7 @@ struct PAIOPool {
     QEMUBH *flush_bh;   /* scheduled and cancelled by the home thread only */
     QEMUBH *done_bh;
     QEMUBH *manage_bh;
+    int nr_cpus;        /* that this process may use */
 
     /* Owned by the home thread. */
     PAIORequestList incoming;
@@ -98,21 +136,37 @@ struct PAIOPool {
      */
     PAIORequest *done;
 
+    /*
+     * Changes when there may be work for a spinning worker, which reads it.
+     * Atomic, and only a hint: a worker that misses it looks at the queue with
+     * the lock.
+     */
+    unsigned arrivals;
+
     QemuMutex lock;
 
     /* The fields below are protected by lock. */
     PAIORequestList queue[PAIO_CLASS__MAX];
     int nr_queued[PAIO_CLASS__MAX];
+    PAIOLane lane[PAIO_LANES];
+    int nr_waiting;     /* in all lanes */
     uint64_t seq;
     QLIST_HEAD(, PAIOWorker) idle;
     int nr_workers;     /* created and not retired */
     int nr_idle;        /* in the idle list */
     int nr_waking;      /* on their way to the queue: woken or just created */
+    int nr_spinning;    /* 0 or 1: will look at the queue before it sleeps */
     int nr_slow;        /* workers that run a PAIO_SLOW request */
     int min_threads;
     int max_threads;
     int nr_peak;
     bool stopping;
+    int64_t ran_dry_ns; /* when a worker last found no work; 0: none since */
+    int64_t gap_ns;     /* mean time from then to the next hand-over */
+    int64_t spin_ns;    /* how long a worker may spin */
+    unsigned dry;       /* how often a worker found no work */
+    uint64_t wake_ups;
+    uint64_t spins;
     uint64_t create_failed;
     uint64_t run_at_home;
 };
@@ -146,6 +200,15 @@ static PAIORequest *paio_next_locked(PAIOPool *pool)
     return normal && normal->seq < slow->seq ? normal : slow;
 }
 
+static void paio_enqueue_locked(PAIOPool *pool, PAIORequest *req, int64_t now)
+{
+    req->seq = pool->seq++;
+    req->queued_ns = now;
+    req->state = PAIO_QUEUED;
+    QTAILQ_INSERT_TAIL(&pool->queue[req->class], req, next);
+    pool->nr_queued[req->class]++;
+}
+
 static void paio_unqueue_locked(PAIOPool *pool, PAIORequest *req)
 {
     assert(req->state == PAIO_QUEUED);
@@ -167,7 +230,8 @@ static PAIORequest *paio_take_locked(PAIOPool *pool)
     return req;
 }
 
-static void paio_wake_one_locked(PAIOPool *pool)
+/* Take an idle worker, whose condition is then to be signalled. */
+static PAIOWorker *paio_rouse_locked(PAIOPool *pool)
 {
     /* Last in, first out: the caches are warm, and the others may expire. */
     PAIOWorker *w = QLIST_FIRST(&pool->idle);
@@ -175,23 +239,229 @@ static void paio_wake_one_locked(PAIOPool *pool)
     QLIST_REMOVE(w, idle_next);
     pool->nr_idle--;
     pool->nr_waking++;
+    pool->wake_ups++;
     w->woken = true;
-    qemu_cond_signal(&w->cond);
+    return w;
 }
 
-/* Wake as many idle workers as there is work for, and no more. */
+/* How many idle workers there is work for, beyond those that look for it */
+static int paio_to_wake_locked(PAIOPool *pool)
+{
+    return MIN(pool->nr_idle, paio_runnable_locked(pool) - pool->nr_waking -
+                              pool->nr_spinning);
+}
+
+/*
+ * Wake as many idle workers as there is work for, and no more.  For any thread:
+ * with the lock held, a worker can't go and be freed before it is signalled.
+ */
 static void paio_wake_locked(PAIOPool *pool)
 {
-    int n = MIN(paio_runnable_locked(pool) - pool->nr_waking, pool->nr_idle);
-
-    for (; n > 0; n--) {
-        paio_wake_one_locked(pool);
+    for (int n = paio_to_wake_locked(pool); n > 0; n--) {
+        qemu_cond_signal(&paio_rouse_locked(pool)->cond);
     }
+    if (pool->nr_spinning && paio_runnable_locked(pool) > pool->nr_waking) {
+        /* Read by paio_spin_locked(). */
+        qatomic_inc(&pool->arrivals);
+    }
+}
+
+/* The same in two halves: at most PAIO_WAKE_BATCH are put into @woken... */
+static int paio_rouse_some_locked(PAIOPool *pool, PAIOWorker **woken)
+{
+    int i, n = MIN(paio_to_wake_locked(pool), PAIO_WAKE_BATCH);
+
+    for (i = 0; i < n; i++) {
+        woken[i] = paio_rouse_locked(pool);
+    }
+    return i;
+}
+
+/*
+ * ...and signalled without the lock, for which a worker that runs at once on
+ * this CPU would have to wait.  Home thread only: nobody else frees workers.
+ */
+static void paio_signal(PAIOWorker **woken, int n)
+{
+    for (int i = 0; i < n; i++) {
+        qemu_cond_signal(&woken[i]->cond);
+    }
+}
+
+/*
+ * Lanes
+ */
+
+static PAIOLane *paio_lane(PAIOPool *pool, unsigned lane)
+{
+    return &pool->lane[lane - 1];
+}
+
+/* Queue what the lane has room for. */
+static void paio_admit_locked(PAIOPool *pool, PAIOLane *lane, int64_t now)
+{
+    PAIORequest *req;
+
+    while (lane->running < lane->width &&
+           (req = QTAILQ_FIRST(&lane->waiting))) {
+        assert(req->state == PAIO_WAITING);
+        QTAILQ_REMOVE(&lane->waiting, req, next);
+        pool->nr_waiting--;
+        lane->running++;
+        lane->moved_ns = now;
+        paio_enqueue_locked(pool, req, now);
+    }
+}
+
+static void paio_wait_in_lane_locked(PAIOPool *pool, PAIORequest *req,
+                                     int64_t now)
+{
+    PAIOLane *lane = paio_lane(pool, req->lane);
+
+    req->state = PAIO_WAITING;
+    QTAILQ_INSERT_TAIL(&lane->waiting, req, next);
+    pool->nr_waiting++;
+    paio_admit_locked(pool, lane, now);
+}
+
+/* A request of the lane, which began to run at @start, is done. */
+static void paio_leave_lane_locked(PAIOPool *pool, PAIOLane *lane,
+                                   int64_t start, int64_t now)
+{
+    int64_t each = (now - start) / lane->width;
+
+    if (each < PAIO_LANE_SLOW_NS / 2) {
+        lane->width = MAX(1, lane->width - 1);
+    } else if (each >= PAIO_LANE_SLOW_NS && !QTAILQ_EMPTY(&lane->waiting)) {
+        lane->width = MIN(lane->width + 1, pool->max_threads);
+    }
+    lane->running--;
+    lane->moved_ns = now;
+    paio_admit_locked(pool, lane, now);
+
+    /* The caller looks at the queue next: it is on its way to one of them. */
+    pool->nr_waking++;
+    paio_wake_locked(pool);
+    pool->nr_waking--;
+}
+
+/* Whatever runs in a lane may never return: let another one try. */
+static void paio_widen_stuck_lanes_locked(PAIOPool *pool, int64_t now)
+{
+    if (!pool->nr_waiting) {
+        return;
+    }
+    for (int i = 0; i < PAIO_LANES; i++) {
+        PAIOLane *lane = &pool->lane[i];
+
+        if (!QTAILQ_EMPTY(&lane->waiting) &&
+            now - lane->moved_ns >= PAIO_GROW_NS) {
+            /* No limit: those that are admitted may still lack a worker. */
+            lane->width++;
+            paio_admit_locked(pool, lane, now);
+        }
+    }
+}
+
+/*
+ * Spinning
+ *
+ * A sleeping worker costs the event loop a system call and the request a thread
+ * switch.  So one worker of a pool goes on looking for work for a moment, if
+ * the recent past says that work will come: if the time from a worker's finding
+ * nothing to the next hand-over has been short on average.  Nobody needs to
+ * wake that worker: it counts as one on its way, since it always looks at the
+ * queue, with the lock, before it sleeps.
+ *
+ * Two things can make each other sleep: an event loop that waits long for a
+ * worker to wake up stops polling, and is slow itself then.  So spinning is
+ * tried again now and then, a few times in a row.
+ */
+
+/* Workers of all pools that spin now; atomic, no ordering needed */
+static int paio_spinners;
+
+/*
+ * No more than half of the CPUs, so that the threads that send requests keep
+ * theirs; none on a machine with one.
+ */
+static bool paio_spinner_get(PAIOPool *pool)
+{
+    if (qatomic_fetch_inc(&paio_spinners) < pool->nr_cpus / 2) {
+        return true;
+    }
+    qatomic_dec(&paio_spinners);
+    return false;
+}
+
+/* The pool has run out of work; called by the worker that noticed. */
+static void paio_ran_dry_locked(PAIOPool *pool)
+{
+    pool->ran_dry_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    pool->dry++;
+}
+
+/* Work has come: learn whether it would have paid to wait for it. */
+static void paio_learn_gap_locked(PAIOPool *pool, int64_t now)
+{
+    pool->spin_ns = 2 * MIN(pool->ctx->poll_max_ns, PAIO_SPIN_MAX_NS / 2);
+    if (pool->ran_dry_ns) {
+        /* One long pause must not outweigh a hundred short ones. */
+        int64_t gap = MIN(now - pool->ran_dry_ns, 4 * PAIO_SPIN_MAX_NS);
+
+        pool->gap_ns += (gap - pool->gap_ns) / 8;
+        pool->ran_dry_ns = 0;
+    }
+}
+
+static bool paio_spin_pays_locked(PAIOPool *pool)
+{
+    return pool->gap_ns < pool->spin_ns ||
+           pool->dry % PAIO_SPIN_TRIAL_EVERY < PAIO_SPIN_TRIALS;
 }
 
 static bool paio_surplus_locked(PAIOPool *pool)
 {
     return pool->stopping || pool->nr_workers > pool->max_threads;
+}
+
+/*
+ * Look for work without sleeping.  Whoever wanted the worker to work or to go
+ * meanwhile has not woken it, as it was not idle.
+ *
+ * Returns: whether there is work, or it is to go
+ */
+static bool paio_spin_locked(PAIOPool *pool)
+{
+    int64_t end = pool->ran_dry_ns + pool->spin_ns;
+    unsigned seen = qatomic_read(&pool->arrivals);
+
+    if (!pool->spin_ns || pool->nr_spinning || !paio_spin_pays_locked(pool) ||
+        !paio_spinner_get(pool)) {
+        return false;
+    }
+    pool->nr_spinning++;
+    pool->spins++;
+    qemu_mutex_unlock(&pool->lock);
+    do {
+        for (int i = 0; i < PAIO_SPIN_LOOKS; i++) {
+            /*
+             * A hint from paio_hand_over() or paio_wake_locked(): what it
+             * means is read under the lock.
+             */
+            if (qatomic_read(&pool->arrivals) != seen) {
+                goto out;
+            }
+            cpu_relax();
+        }
+        /* Whoever else wants this CPU may be the one who sends the work. */
+        sched_yield();
+    } while (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) < end);
+out:
+    qemu_mutex_lock(&pool->lock);
+    pool->nr_spinning--;
+    qatomic_dec(&paio_spinners);
+    return paio_runnable_locked(pool) > 0 || paio_surplus_locked(pool);
 }
 
 /*
@@ -257,6 +527,32 @@ static void paio_run(PAIOPool *pool, PAIORequest *req)
     paio_push_done(pool, req);
 }
 
+/* The lock is held on entry and exit, but not while the request runs. */
+static void paio_run_unlocked(PAIOPool *pool, PAIORequest *req)
+{
+    /* After paio_run() the request may be gone. */
+    PAIOLane *lane = req->lane ? paio_lane(pool, req->lane) : NULL;
+    bool slow = req->class == PAIO_SLOW;
+    int64_t start = 0, end = 0;
+
+    qemu_mutex_unlock(&pool->lock);
+    if (lane) {
+        start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    }
+    paio_run(pool, req);
+    if (lane) {
+        end = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    }
+    qemu_mutex_lock(&pool->lock);
+
+    if (slow) {
+        pool->nr_slow--;
+    }
+    if (lane) {
+        paio_leave_lane_locked(pool, lane, start, end);
+    }
+}
+
 static void *paio_worker(void *opaque)
 {
     PAIOWorker *w = opaque;
@@ -271,23 +567,15 @@ static void *paio_worker(void *opaque)
     pool->nr_waking--;
     while (!paio_surplus_locked(pool)) {
         PAIORequest *req = paio_take_locked(pool);
-        bool slow;
 
         if (!req) {
-            if (!paio_wait_locked(pool, w)) {
+            paio_ran_dry_locked(pool);
+            if (!paio_spin_locked(pool) && !paio_wait_locked(pool, w)) {
                 break;
             }
             continue;
         }
-        slow = req->class == PAIO_SLOW;
-
-        qemu_mutex_unlock(&pool->lock);
-        paio_run(pool, req);
-        qemu_mutex_lock(&pool->lock);
-
-        if (slow) {
-            pool->nr_slow--;
-        }
+        paio_run_unlocked(pool, req);
         if (w->borrowed && pool->nr_workers > 1) {
             break;
         }
@@ -425,15 +713,12 @@ static void paio_run_at_home(PAIOPool *pool, int err)
                      "on processes and threads", strerror(-err));
 
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
-        req = paio_next_locked(pool);
+        req = paio_take_locked(pool);
         if (req) {
-            paio_unqueue_locked(pool, req);
+            trace_paio_run_at_home(pool, req);
             pool->run_at_home++;
+            paio_run_unlocked(pool, req);
         }
-    }
-    if (req) {
-        trace_paio_run_at_home(pool, req);
-        paio_run(pool, req);
     }
     qemu_bh_schedule(pool->manage_bh);
 }
@@ -449,7 +734,7 @@ static void paio_arm_timer(PAIOPool *pool, int64_t now)
 /* More work than workers on their way to it, though there could be more */
 static bool paio_short_of_workers_locked(PAIOPool *pool)
 {
-    return paio_runnable_locked(pool) > pool->nr_waking &&
+    return paio_runnable_locked(pool) > pool->nr_waking + pool->nr_spinning &&
            pool->nr_workers < pool->max_threads;
 }
 
@@ -463,7 +748,7 @@ static void paio_manage(PAIOPool *pool)
     /* Leave to the main loop what it can do later with the right affinity. */
     bool foreign = paio_in_foreign_thread(pool);
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    bool below_min, lacking, none;
+    bool below_min, lacking, none, waiting;
     bool grown = false;
     int err = 0;
 
@@ -471,6 +756,7 @@ static void paio_manage(PAIOPool *pool)
         bool grow;
 
         WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            paio_widen_stuck_lanes_locked(pool, now);
             paio_wake_locked(pool);
             none = !pool->nr_workers;
             below_min = pool->nr_workers < pool->min_threads;
@@ -478,6 +764,7 @@ static void paio_manage(PAIOPool *pool)
             grow = lacking && !pool->nr_waking && !grown &&
                    now >= pool->no_create_before_ns &&
                    now - paio_next_locked(pool)->queued_ns >= PAIO_GROW_NS;
+            waiting = pool->nr_waiting;
         }
         if (err || !((below_min && !foreign) || (lacking && none) || grow)) {
             break;
@@ -488,7 +775,7 @@ static void paio_manage(PAIOPool *pool)
 
     if (err && lacking && none) {
         paio_run_at_home(pool, err);
-    } else if (lacking || below_min) {
+    } else if (lacking || below_min || waiting) {
         paio_arm_timer(pool, now);
     }
 }
@@ -514,6 +801,8 @@ static void paio_grow_timer_cb(void *opaque)
 static void paio_hand_over(void *opaque)
 {
     PAIOPool *pool = opaque;
+    PAIOWorker *woken[PAIO_WAKE_BATCH];
+    int nr_woken;
     bool none, lacking;
     PAIORequest *req;
     int64_t now;
@@ -528,16 +817,28 @@ static void paio_hand_over(void *opaque)
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
         while ((req = QTAILQ_FIRST(&pool->incoming))) {
             QTAILQ_REMOVE(&pool->incoming, req, next);
-            req->seq = pool->seq++;
-            req->queued_ns = now;
-            req->state = PAIO_QUEUED;
-            QTAILQ_INSERT_TAIL(&pool->queue[req->class], req, next);
-            pool->nr_queued[req->class]++;
+            if (req->lane) {
+                paio_wait_in_lane_locked(pool, req, now);
+            } else {
+                paio_enqueue_locked(pool, req, now);
+            }
             n++;
         }
-        paio_wake_locked(pool);
+        paio_learn_gap_locked(pool, now);
+        nr_woken = paio_rouse_some_locked(pool, woken);
         none = !pool->nr_workers;
-        lacking = paio_short_of_workers_locked(pool);
+        lacking = paio_short_of_workers_locked(pool) || pool->nr_waiting;
+    }
+    /* Read by paio_spin_locked(), which then wants the lock. */
+    qatomic_inc(&pool->arrivals);
+    while (nr_woken) {
+        paio_signal(woken, nr_woken);
+        if (nr_woken < PAIO_WAKE_BATCH) {
+            break;
+        }
+        WITH_QEMU_LOCK_GUARD(&pool->lock) {
+            nr_woken = paio_rouse_some_locked(pool, woken);
+        }
     }
     trace_paio_hand_over(pool, n);
 
@@ -656,6 +957,8 @@ static void paio_done_bh(void *opaque)
 
 bool paio_cancel(PAIOPool *pool, PAIORequest *req)
 {
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
     assert(pool->ctx == qemu_get_current_aio_context());
 
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
@@ -664,8 +967,20 @@ bool paio_cancel(PAIOPool *pool, PAIORequest *req)
             QTAILQ_REMOVE(&pool->incoming, req, next);
             req->state = PAIO_TAKEN;
             break;
+        case PAIO_WAITING:
+            QTAILQ_REMOVE(&paio_lane(pool, req->lane)->waiting, req, next);
+            pool->nr_waiting--;
+            req->state = PAIO_TAKEN;
+            break;
         case PAIO_QUEUED:
             paio_unqueue_locked(pool, req);
+            if (req->lane) {
+                PAIOLane *lane = paio_lane(pool, req->lane);
+
+                lane->running--;
+                paio_admit_locked(pool, lane, now);
+                paio_wake_locked(pool);
+            }
             break;
         default:
             return false;
@@ -724,7 +1039,7 @@ void paio_pool_update_params(PAIOPool *pool)
         /* Those which are busy look for themselves when they are done. */
         for (int n = pool->nr_workers - pool->max_threads;
              n > 0 && pool->nr_idle; n--) {
-            paio_wake_one_locked(pool);
+            qemu_cond_signal(&paio_rouse_locked(pool)->cond);
         }
         manage = pool->nr_workers < pool->min_threads ||
                  paio_runnable_locked(pool) > 0;
@@ -742,7 +1057,10 @@ void paio_pool_get_info(PAIOPool *pool, PAIOPoolInfo *info)
         .threads = pool->nr_workers,
         .threads_peak = pool->nr_peak,
         .idle = pool->nr_idle,
-        .queued = pool->nr_queued[PAIO_NORMAL] + pool->nr_queued[PAIO_SLOW],
+        .queued = pool->nr_queued[PAIO_NORMAL] + pool->nr_queued[PAIO_SLOW] +
+                  pool->nr_waiting,
+        .wake_ups = pool->wake_ups,
+        .spins = pool->spins,
         .create_failed = pool->create_failed,
         .run_at_home = pool->run_at_home,
     };
@@ -765,9 +1083,16 @@ PAIOPool *paio_pool_new(AioContext *ctx)
     for (int i = 0; i < PAIO_CLASS__MAX; i++) {
         QTAILQ_INIT(&pool->queue[i]);
     }
+    for (int i = 0; i < PAIO_LANES; i++) {
+        QTAILQ_INIT(&pool->lane[i].waiting);
+        pool->lane[i].width = 1;
+    }
     QLIST_INIT(&pool->idle);
     QLIST_INIT(&pool->workers);
     pool->max_threads = 1;
+    pool->nr_cpus = g_get_num_processors();
+    /* To be proved otherwise */
+    pool->gap_ns = 4 * PAIO_SPIN_MAX_NS;
     return pool;
 }
 
@@ -779,7 +1104,7 @@ void paio_pool_free(PAIOPool *pool)
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
         pool->stopping = true;
         while (pool->nr_idle) {
-            paio_wake_one_locked(pool);
+            qemu_cond_signal(&paio_rouse_locked(pool)->cond);
         }
     }
     while (!QLIST_EMPTY(&pool->workers)) {

@@ -40,10 +40,20 @@ typedef enum PAIOClass {
     PAIO_CLASS__MAX,
 } PAIOClass;
 
+/*
+ * Number of lanes.  Requests of one lane run one after another, because the
+ * kernel would make them wait for each other in any case, and a worker that
+ * waits for a lock is worse than a request that waits in a list.  If they take
+ * long all the same, more of them run side by side.  Many more lanes than a VM
+ * has busy disks; two users of one lane only wait for each other now and then.
+ */
+#define PAIO_LANES 64
+
 /* Where a request is; who may change it is said at each transition. */
 typedef enum PAIOState {
     PAIO_IDLE,      /* not submitted, or completed */
     PAIO_INCOMING,  /* in PAIOPool.incoming; only the home thread sees it */
+    PAIO_WAITING,   /* in PAIOLane.waiting; protected by PAIOPool.lock */
     PAIO_QUEUED,    /* in PAIOPool.queue; protected by PAIOPool.lock */
     PAIO_TAKEN,     /* a worker has it, or its result is on the way home */
 } PAIOState;
@@ -59,6 +69,7 @@ struct PAIORequest {
     PAIOFunc *func;
     void *arg;
     PAIOClass class;
+    unsigned lane;      /* 1 to PAIO_LANES, or 0: beside any other */
     /*
      * Called in the pool's AioContext, from its bottom half and never from
      * within paio_submit() or paio_cancel().
@@ -69,8 +80,8 @@ struct PAIORequest {
     /* Below: owned by the pool. */
 
     /*
-     * Written by the home thread and, from PAIO_QUEUED to PAIO_TAKEN, by the
-     * worker that takes the request, under PAIOPool.lock.
+     * Written by the home thread and, from PAIO_WAITING to PAIO_TAKEN, by
+     * workers, under PAIOPool.lock.
      */
     PAIOState state;
     /* Written by the worker before the request is pushed to PAIOPool.done. */
@@ -78,7 +89,7 @@ struct PAIORequest {
     /* Order and time (ns) of hand-over; protected by PAIOPool.lock. */
     uint64_t seq;
     int64_t queued_ns;
-    /* In incoming (home thread), queue (PAIOPool.lock) or ready (home). */
+    /* In incoming, ready (home thread), waiting or queue (PAIOPool.lock). */
     QTAILQ_ENTRY(PAIORequest) next;
     /* In PAIOPool.done: written by the worker until the push succeeds. */
     PAIORequest *done_next;
@@ -90,6 +101,8 @@ struct PAIORequest {
  * @threads_peak: the most that existed at any time
  * @idle: workers waiting for work
  * @queued: requests no worker has taken yet
+ * @wake_ups: how often an idle worker was woken
+ * @spins: how often a worker without work looked for more before it slept
  * @create_failed: thread creations that failed
  * @run_at_home: requests run by the home thread as no worker could exist
  */
@@ -98,6 +111,8 @@ typedef struct PAIOPoolInfo {
     int threads_peak;
     int idle;
     int queued;
+    uint64_t wake_ups;
+    uint64_t spins;
     uint64_t create_failed;
     uint64_t run_at_home;
 } PAIOPoolInfo;

@@ -56,6 +56,7 @@ struct RawAIODesc {
     struct rcu_head rcu;    /* first, as g_free_rcu() wants it */
     int fd;                 /* constant */
     bool direct;            /* O_DIRECT; constant, nobody changes it */
+    unsigned lane;          /* of cached writes, see PAIORequest; constant */
     int refcnt;             /* atomic */
     unsigned learnt;        /* atomic, bits are only added */
 };
@@ -155,6 +156,21 @@ static bool raw_aio_has_preadv(const RawAIOFile *f)
  * Descriptors
  */
 
+/*
+ * Kernels hold the lock of the inode over a write to the page cache, so several
+ * workers that write to one regular file only wait for each other.
+ */
+static unsigned raw_aio_choose_lane(int fd, bool direct)
+{
+    static unsigned next;   /* atomic, no ordering needed */
+    struct stat st;
+
+    if (direct || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+        return 0;
+    }
+    return qatomic_fetch_inc(&next) % PAIO_LANES + 1;
+}
+
 static RawAIODesc *raw_aio_desc_new(int fd)
 {
     RawAIODesc *desc = g_new0(RawAIODesc, 1);
@@ -162,6 +178,7 @@ static RawAIODesc *raw_aio_desc_new(int fd)
 
     desc->fd = fd;
     desc->direct = flags != -1 && (flags & O_DIRECT);
+    desc->lane = raw_aio_choose_lane(fd, desc->direct);
     desc->refcnt = 1;
     return desc;
 }
@@ -587,11 +604,14 @@ static void raw_aio_pool_cb(void *opaque, int ret)
 
 static void raw_aio_begin_pool(RawAIORequest *req)
 {
+    bool stable = raw_aio_makes_stable(req);
+
     trace_raw_aio_begin_pool(req->file, req, req->done);
     req->pool = (PAIORequest) {
         .func = raw_aio_blocking,
         .arg = req,
-        .class = raw_aio_makes_stable(req) ? PAIO_SLOW : PAIO_NORMAL,
+        .class = stable ? PAIO_SLOW : PAIO_NORMAL,
+        .lane = raw_aio_is_write(req->type) && !stable ? req->desc->lane : 0,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };

@@ -2,8 +2,9 @@
  * Tests of the thread pool that runs blocking system calls
  *
  * Each case is a line of the pool's contract.  Nothing here measures time: a
- * loaded host makes a case slower, never fail.  What would be a hang aborts
- * with the name of the case and of what it waits for.
+ * loaded host makes a case slower, never fail.  Where the pool itself does, the
+ * clock stands still and is turned by hand.  What would be a hang aborts with
+ * the name of the case and of what it waits for.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -224,6 +225,60 @@ static void create_watch_home(void)
     qatomic_set(&create.watch, true);
 }
 
+/*
+ * Interposed clock: when it is stopped, it shows the same time to the threads
+ * that go by it, until it is turned.
+ */
+
+typedef int ClockGettime(clockid_t id, struct timespec *ts);
+
+static int64_t clock_stopped_ns;        /* 0: it goes */
+static __thread bool clock_followed;    /* by this thread */
+static __thread int64_t clock_ahead_ns; /* of what it shows to others */
+
+static ClockGettime *real_clock_gettime(void)
+{
+    static void *cached;
+    void *sym = qatomic_read(&cached);
+
+    if (!sym) {
+        sym = dlsym(RTLD_DEFAULT, "__interceptor_clock_gettime");
+        if (!sym) {
+            sym = dlsym(RTLD_NEXT, "clock_gettime");
+        }
+        qatomic_set(&cached, sym);
+    }
+    return (ClockGettime *)sym;
+}
+
+int clock_gettime(clockid_t id, struct timespec *ts)
+{
+    int64_t ns = qatomic_read(&clock_stopped_ns);
+
+    if (!ns || !clock_followed || id != CLOCK_MONOTONIC) {
+        return real_clock_gettime()(id, ts);
+    }
+    ns += clock_ahead_ns;
+    ts->tv_sec = ns / NANOSECONDS_PER_SECOND;
+    ts->tv_nsec = ns % NANOSECONDS_PER_SECOND;
+    return 0;
+}
+
+static void clock_stop(void)
+{
+    qatomic_set(&clock_stopped_ns, get_clock());
+}
+
+static void clock_go(void)
+{
+    qatomic_set(&clock_stopped_ns, 0);
+}
+
+static void clock_turn(int64_t ns)
+{
+    qatomic_set(&clock_stopped_ns, qatomic_read(&clock_stopped_ns) + ns);
+}
+
 /* How many workers the system knows; 0 where that can't be found out */
 static int count_workers(void)
 {
@@ -367,6 +422,7 @@ struct TestReq {
     /* Written by the worker */
     int calls;
     pthread_t ran_in;
+    int started;        /* the how manieth of a Serial */
 
     /* Written by the home thread */
     int completions;
@@ -383,6 +439,7 @@ static int req_func(void *opaque)
 
     qatomic_inc(&r->calls);
     r->ran_in = pthread_self();
+    clock_followed = !pthread_equal(r->ran_in, r->tp->home);
     return r->func ? r->func(r) : r->value;
 }
 
@@ -573,7 +630,7 @@ static void pool_turn_for_ms(TestPool *tp, int ms)
     }
 }
 
-/* Have @n idle workers. */
+/* Have @n idle workers, each of which has run a request. */
 static void pool_warm_up(TestPool *tp, int n)
 {
     Gate gate;
@@ -588,6 +645,38 @@ static void pool_warm_up(TestPool *tp, int n)
     g_assert_cmpint(pool_info(tp).threads, ==, n);
     g_free(r);
     gate_destroy(&gate);
+}
+
+/* A pool that has @n idle workers and neither fewer nor more later */
+static void pool_init_idle(TestPool *tp, int n)
+{
+    pool_init(tp, n, n);
+    pool_warm_up(tp, n);
+}
+
+/* Submit in one hand-over, which is over when this returns. */
+static void reqs_hand_over(TestReq *r, int n)
+{
+    defer_call_begin();
+    reqs_submit(r, n);
+    defer_call_end();
+}
+
+static void reqs_set_lane(TestReq *r, int n, unsigned lane)
+{
+    for (int i = 0; i < n; i++) {
+        r[i].req.lane = lane;
+    }
+}
+
+static int reqs_called(TestReq *r, int n)
+{
+    int called = 0;
+
+    for (int i = 0; i < n; i++) {
+        called += qatomic_read(&r[i].calls);
+    }
+    return called;
 }
 
 /*
@@ -2653,6 +2742,1093 @@ static void test_free_elsewhere(void)
 }
 
 /*
+ * Lanes
+ *
+ * The home thread of most of these cases doesn't turn its loop, as the timer
+ * would make a lane wider; nor does the clock of the workers go.
+ */
+
+/* Observes that nothing runs beside something else; atomic */
+typedef struct Serial {
+    int inside;
+    int started;
+    bool overlap;
+} Serial;
+
+static int serial_func(TestReq *r)
+{
+    Serial *s = r->data;
+
+    if (qatomic_fetch_inc(&s->inside)) {
+        qatomic_set(&s->overlap, true);
+    }
+    r->started = qatomic_fetch_inc(&s->started);
+    if (r->value % 16 == 0) {
+        g_usleep(50);   /* a chance for others to be wrong */
+    }
+    qatomic_dec(&s->inside);
+    return r->value;
+}
+
+/* By its worker's clock, if that is stopped */
+static int take_long_func(TestReq *r)
+{
+    clock_ahead_ns += 10 * SCALE_MS;
+    return r->value;
+}
+
+/* Two lanes in one hand-over, and more workers than lanes */
+static void test_lane_serial(void)
+{
+    const int n = 400;
+    Serial serial[2] = { };
+    TestPool tp;
+    TestReq *r;
+
+    pool_init_idle(&tp, 4);
+    r = reqs_new(&tp, n);
+    for (int i = 0; i < n; i++) {
+        r[i].func = serial_func;
+        r[i].data = &serial[i & 1];
+        r[i].req.lane = i & 1 ? PAIO_LANES : 1;
+        r[i].req.class = g_test_rand_bit() ? PAIO_SLOW : PAIO_NORMAL;
+    }
+    clock_stop();
+    reqs_hand_over(r, n);
+    WAIT_BLIND(qatomic_read(&serial[0].started) == n / 2 &&
+               qatomic_read(&serial[1].started) == n / 2);
+    clock_go();
+    pool_wait_all(&tp);
+    for (int i = 0; i < n; i++) {
+        req_check_in_worker(&r[i]);
+        g_assert_cmpint(r[i].started, ==, i / 2);
+    }
+    g_assert(!serial[0].overlap);
+    g_assert(!serial[1].overlap);
+    g_free(r);
+    pool_destroy(&tp);
+}
+
+/* Other lanes and requests without one don't wait for a lane. */
+static void test_lane_beside(void)
+{
+    const unsigned lanes[] = { 1, 33, PAIO_LANES };
+
+    for (int i = 0; i < ARRAY_SIZE(lanes); i++) {
+        TestPool tp;
+        TestReq *blocked, *r;
+        Gate gate;
+
+        gate_init(&gate);
+        pool_init_idle(&tp, 2);
+        blocked = reqs_new_gated(&tp, 3, &gate, PAIO_NORMAL);
+        reqs_set_lane(blocked, 3, lanes[i]);
+        r = reqs_new(&tp, 2 * PAIO_LANES);
+        for (int j = 0; j < 2 * PAIO_LANES; j++) {
+            unsigned lane = j % (PAIO_LANES + 1);
+
+            r[j].req.lane = lane == lanes[i] ? 0 : lane;
+        }
+        defer_call_begin();
+        reqs_submit(blocked, 3);
+        reqs_submit(r, 2 * PAIO_LANES);
+        defer_call_end();
+        WAIT_BLIND(gate_inside(&gate) == 1);
+        WAIT_BLIND(reqs_called(r, 2 * PAIO_LANES) == 2 * PAIO_LANES);
+        WAIT_BLIND(pool_info(&tp).idle == 1);
+        g_assert_cmpint(gate_entered(&gate), ==, 1);
+        g_assert_cmpint(pool_info(&tp).queued, ==, 2);
+
+        gate_open(&gate);
+        pool_wait_all(&tp);
+        reqs_check(blocked, 3);
+        reqs_check(r, 2 * PAIO_LANES);
+        g_free(blocked);
+        g_free(r);
+        pool_destroy(&tp);
+        gate_destroy(&gate);
+    }
+}
+
+/* The first ones of a lane may never return: the others get by. */
+static void test_lane_stuck(void)
+{
+    for (int nr_stuck = 1; nr_stuck <= 3; nr_stuck++) {
+        const int n = 20;
+        TestPool tp;
+        TestReq *r;
+        Gate gate;
+
+        gate_init(&gate);
+        pool_init(&tp, 0, 8);
+        r = reqs_new(&tp, n);
+        reqs_set_lane(r, n, 3);
+        for (int i = 0; i < nr_stuck; i++) {
+            r[i].func = gate_func;
+            r[i].data = &gate;
+        }
+        reqs_submit(r, n);
+        WAIT_LOOP(tp.ctx, tp.completed == n - nr_stuck);
+        reqs_check(r + nr_stuck, n - nr_stuck);
+        g_assert_cmpint(gate_inside(&gate), ==, nr_stuck);
+
+        /* Those which come later as well */
+        reqs_submit(r + nr_stuck, n - nr_stuck);
+        WAIT_LOOP(tp.ctx, tp.completed == 2 * (n - nr_stuck));
+        g_assert_cmpint(gate_inside(&gate), ==, nr_stuck);
+
+        gate_open(&gate);
+        pool_wait_all(&tp);
+        reqs_check(r, n);
+        g_free(r);
+        pool_destroy(&tp);
+        gate_destroy(&gate);
+    }
+}
+
+/* Functions of one lane of which only the last lets the others go on */
+static void test_lane_all_stuck(void)
+{
+    const int n = 12;
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    gate.open_at = n;
+    pool_init(&tp, 0, n);
+    r = reqs_new_gated(&tp, n, &gate, PAIO_NORMAL);
+    reqs_set_lane(r, n, 1);
+    reqs_hand_over(r, n);
+    pool_wait_all(&tp);
+    reqs_check(r, n);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+/* Requests that take long make a lane wider, quick ones make it narrow. */
+static void test_lane_slow(void)
+{
+    const int nr_long = 3, n = 12;
+    TestPool tp;
+    TestReq *r;
+    Gate wide, narrow;
+
+    gate_init(&wide);
+    gate_init(&narrow);
+    pool_init_idle(&tp, 6);
+    clock_stop();
+    for (int round = 0; round < 3; round++) {
+        int entered = gate_entered(&narrow);
+
+        wide.open = false;
+        r = reqs_new_gated(&tp, n, &wide, PAIO_NORMAL);
+        reqs_set_lane(r, n, 9);
+        for (int i = 0; i < nr_long; i++) {
+            r[i].func = take_long_func;
+        }
+        reqs_hand_over(r, n);
+        WAIT_BLIND(gate_inside(&wide) > 1);
+        gate_open(&wide);
+        /* What is left of them, also of those that have just passed */
+        pool_wait_all(&tp);
+        reqs_check(r, n);
+        reqs_hand_over(r + nr_long, n - nr_long);
+        pool_wait_all(&tp);
+        WAIT_BLIND(pool_info(&tp).idle == 6);
+        g_free(r);
+
+        narrow.open = false;
+        r = reqs_new_gated(&tp, n, &narrow, PAIO_NORMAL);
+        reqs_set_lane(r, n, 9);
+        reqs_hand_over(r, n);
+        WAIT_BLIND(gate_inside(&narrow) == 1);
+        g_usleep(2000);
+        g_assert_cmpint(gate_entered(&narrow), ==, entered + 1);
+        g_assert_cmpint(pool_info(&tp).queued, ==, n - 1);
+        g_assert_cmpint(pool_info(&tp).idle, ==, 5);
+        gate_open(&narrow);
+        WAIT_BLIND(gate_entered(&narrow) == entered + n);
+        pool_wait_all(&tp);
+        reqs_check(r, n);
+        g_free(r);
+    }
+    clock_go();
+    pool_destroy(&tp);
+    gate_destroy(&wide);
+    gate_destroy(&narrow);
+}
+
+/*
+ * A worker comes back from a long request: it takes the next one of the lane
+ * and wakes an idle worker for the one after it.
+ */
+static void test_lane_wake(void)
+{
+    for (int class = 0; class < PAIO_CLASS__MAX; class++) {
+        TestPool tp;
+        TestReq *r;
+        Gate gate;
+
+        gate_init(&gate);
+        gate.open_at = 2;
+        pool_init_idle(&tp, 3);
+        r = reqs_new_gated(&tp, 3, &gate, class);
+        r[0].func = take_long_func;
+        reqs_set_lane(r, 3, 1);
+        clock_stop();
+        reqs_hand_over(r, 3);
+        WAIT_BLIND(gate_entered(&gate) == 2);
+        clock_go();
+        pool_wait_all(&tp);
+        reqs_check(r, 3);
+        g_free(r);
+        pool_destroy(&tp);
+        gate_destroy(&gate);
+    }
+}
+
+/* The timer does so as well, without a worker that comes back. */
+static void test_lane_wake_by_timer(void)
+{
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    gate.open_at = 2;
+    pool_init_idle(&tp, 2);
+    r = reqs_new_gated(&tp, 2, &gate, PAIO_NORMAL);
+    reqs_set_lane(r, 2, 1);
+    reqs_hand_over(r, 2);
+    pool_wait_all(&tp);
+    reqs_check(r, 2);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+/* However wide the lane gets, requests of the slow class leave a worker. */
+static void test_lane_slow_class(void)
+{
+    const int n = 8;
+    TestPool tp;
+    TestReq *slow, *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init(&tp, 0, 3);
+    slow = reqs_new_gated(&tp, n, &gate, PAIO_SLOW);
+    reqs_set_lane(slow, n, 2);
+    r = reqs_new(&tp, n);
+    reqs_set_lane(r, n, 2);
+    reqs_submit(slow, n);
+    WAIT_STATE(tp.ctx, gate_inside(&gate) == 2);
+    reqs_submit(r, n);
+    WAIT_LOOP(tp.ctx, tp.completed == n);
+    reqs_check(r, n);
+    pool_turn_for_ms(&tp, 5);
+    g_assert_cmpint(gate_inside(&gate), ==, 2);
+
+    gate_open(&gate);
+    pool_wait_all(&tp);
+    reqs_check(slow, n);
+    g_assert_cmpint(gate_peak(&gate), ==, 2);
+    g_free(slow);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+static void test_lane_cancel_incoming(void)
+{
+    TestPool tp;
+    TestReq *r;
+
+    pool_init_idle(&tp, 2);
+    r = reqs_new(&tp, 5);
+    reqs_set_lane(r, 5, 4);
+    for (int mask = 0; mask < 32; mask++) {
+        defer_call_begin();
+        reqs_submit(r, 5);
+        for (int i = 0; i < 5; i++) {
+            if (mask & 1 << i) {
+                g_assert_cmpint(r[i].req.state, ==, PAIO_INCOMING);
+                g_assert(req_cancel(&r[i]));
+            }
+        }
+        defer_call_end();
+        WAIT_BLIND(reqs_called(r, 5) == 5 - ctpop8(mask));
+        pool_wait_all(&tp);
+        for (int i = 0; i < 5; i++) {
+            if (mask & 1 << i) {
+                req_check_cancelled(&r[i]);
+            } else {
+                req_check_in_worker(&r[i]);
+            }
+        }
+    }
+    g_free(r);
+    pool_destroy(&tp);
+}
+
+/* @victim of four is taken back while the first one runs in a gate. */
+static void do_test_lane_cancel_waiting(int victim)
+{
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, 2);
+    r = reqs_new_gated(&tp, 4, &gate, PAIO_NORMAL);
+    reqs_set_lane(r, 4, 1);
+    reqs_hand_over(r, 4);
+    WAIT_BLIND(gate_inside(&gate) == 1);
+    g_assert(!req_cancel(&r[0]));
+    g_assert_cmpint(r[victim].req.state, ==, PAIO_WAITING);
+    g_assert_cmpint(pool_info(&tp).queued, ==, 3);
+    g_assert(req_cancel(&r[victim]));
+    g_assert(!req_cancel(&r[victim]));
+    g_assert_cmpint(pool_info(&tp).queued, ==, 2);
+
+    /* Completes although the lane doesn't move */
+    WAIT_LOOP(tp.ctx, r[victim].completions);
+    req_check_cancelled(&r[victim]);
+    g_assert_cmpint(r[0].completions, ==, 0);
+
+    gate_open(&gate);
+    WAIT_BLIND(reqs_called(r, 4) == 3);
+    pool_wait_all(&tp);
+    for (int i = 0; i < 4; i++) {
+        if (i != victim) {
+            req_check_in_worker(&r[i]);
+        }
+    }
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+static void test_lane_cancel_waiting(void)
+{
+    for (int victim = 1; victim < 4; victim++) {
+        do_test_lane_cancel_waiting(victim);
+    }
+}
+
+/* The first one has left its lane for the queue, but no worker is free. */
+static void test_lane_cancel_queued(void)
+{
+    TestPool tp;
+    TestReq *blocker, *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, 1);
+    blocker = reqs_new_gated(&tp, 1, &gate, PAIO_NORMAL);
+    reqs_hand_over(blocker, 1);
+    WAIT_BLIND(gate_inside(&gate) == 1);
+
+    r = reqs_new(&tp, 5);
+    reqs_set_lane(r, 5, 1);
+    reqs_hand_over(r, 5);
+    for (int i = 0; i < 3; i++) {
+        g_assert_cmpint(r[i].req.state, ==, PAIO_QUEUED);
+        g_assert_cmpint(r[i + 1].req.state, ==, PAIO_WAITING);
+        g_assert(req_cancel(&r[i]));
+        g_assert(!req_cancel(&r[i]));
+        /* Takes its place, and is alone there */
+        g_assert_cmpint(r[i + 1].req.state, ==, PAIO_QUEUED);
+        g_assert_cmpint(r[4].req.state, ==, PAIO_WAITING);
+    }
+    g_assert_cmpint(pool_info(&tp).queued, ==, 2);
+    gate_open(&gate);
+    WAIT_BLIND(reqs_called(r, 5) == 2);
+
+    pool_wait_all(&tp);
+    req_check_in_worker(blocker);
+    for (int i = 0; i < 3; i++) {
+        req_check_cancelled(&r[i]);
+    }
+    req_check_in_worker(&r[3]);
+    req_check_in_worker(&r[4]);
+    g_free(blocker);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+/*
+ * The one that was taken back had to wait because of its class, the next one
+ * of the lane needn't: somebody has to wake the idle worker.
+ */
+static void test_lane_cancel_class(void)
+{
+    TestPool tp;
+    TestReq *storm, *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, 2);
+    storm = reqs_new_gated(&tp, 1, &gate, PAIO_SLOW);
+    reqs_hand_over(storm, 1);
+    WAIT_BLIND(gate_inside(&gate) == 1);
+
+    r = reqs_new(&tp, 2);
+    reqs_set_lane(r, 2, 1);
+    r[0].req.class = PAIO_SLOW;
+    reqs_hand_over(r, 2);
+    g_assert_cmpint(r[0].req.state, ==, PAIO_QUEUED);
+    g_assert_cmpint(r[1].req.state, ==, PAIO_WAITING);
+    g_assert(req_cancel(&r[0]));
+    WAIT_LOOP(tp.ctx, r[0].completions && r[1].completions);
+    req_check_cancelled(&r[0]);
+    req_check_in_worker(&r[1]);
+
+    gate_open(&gate);
+    pool_wait_all(&tp);
+    req_check_in_worker(storm);
+    g_free(storm);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+/* After whatever was taken back, a lane has room for one, and only for one. */
+static void test_lane_cancel_all(void)
+{
+    const int n = 6;
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, 3);
+    r = reqs_new_gated(&tp, n, &gate, PAIO_NORMAL);
+    reqs_set_lane(r, n, 1);
+    clock_stop();
+    for (int round = 0; round < 50; round++) {
+        int entered = gate_entered(&gate);
+        int cancelled = 0;
+
+        gate.open = false;
+        reqs_hand_over(r, n);
+        /* In any order, while a worker tries to take the first one */
+        for (int i = 0; i < n; i++) {
+            int victim = (i * (round % 2 ? 1 : 5) + round) % n;
+
+            cancelled += req_cancel(&r[victim]);
+        }
+        g_assert_cmpint(cancelled, >=, n - 1);
+        gate_open(&gate);
+        WAIT_BLIND(gate_entered(&gate) == entered + n - cancelled);
+        pool_wait_all(&tp);
+        WAIT_BLIND(pool_info(&tp).idle == 3);
+
+        entered = gate_entered(&gate);
+        gate.open = false;
+        reqs_hand_over(r, n);
+        WAIT_BLIND(gate_inside(&gate) == 1);
+        g_assert_cmpint(pool_info(&tp).queued, ==, n - 1);
+        gate_open(&gate);
+        WAIT_BLIND(gate_entered(&gate) == entered + n);
+        pool_wait_all(&tp);
+        reqs_check(r, n);
+    }
+    clock_go();
+    g_assert_cmpint(gate_peak(&gate), ==, 1);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+static void lane_other_context_run(void *opaque)
+{
+    const int n = 20;
+    TestPool tp;
+    TestReq *r;
+
+    pool_init_idle(&tp, 1);
+    r = reqs_new(&tp, n);
+    reqs_set_lane(r, n, 7);
+    reqs_hand_over(r, n);
+    WAIT_BLIND(reqs_called(r, n) == n);
+    pool_wait_all(&tp);
+    for (int i = 0; i < n; i++) {
+        req_check_in_worker(&r[i]);
+        g_assert_cmpuint(r[i].order, ==, 1 + i + 1);
+    }
+    g_free(r);
+    pool_destroy(&tp);
+}
+
+/* The same number in another context is another lane. */
+static void test_lane_two_contexts(void)
+{
+    IOThread *iothread = iothread_new();
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, 2);
+    r = reqs_new_gated(&tp, 3, &gate, PAIO_NORMAL);
+    reqs_set_lane(r, 3, 7);
+    reqs_hand_over(r, 3);
+    WAIT_BLIND(gate_inside(&gate) == 1);
+    ctx_call(iothread_get_aio_context(iothread), lane_other_context_run, NULL);
+    g_assert_cmpint(gate_entered(&gate), ==, 1);
+    g_assert_cmpint(pool_info(&tp).queued, ==, 2);
+    gate_open(&gate);
+    pool_wait_all(&tp);
+    reqs_check(r, 3);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+    iothread_join(iothread);
+}
+
+#ifdef CONFIG_LINUX
+static void foreign_lanes(TestPool *tp)
+{
+    const int n = 100;
+    TestReq *r = reqs_new(tp, n);
+
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < n; i++) {
+            r[i].req.lane = i % (round + 2);
+        }
+        reqs_submit(r, n);
+        pool_wait_all(tp);
+        for (int i = 0; i < n; i++) {
+            req_check_in_worker(&r[i]);
+        }
+    }
+    g_free(r);
+    WAIT_STATE(tp->ctx, !pool_info(tp).threads);
+}
+#endif
+
+/* Workers that leave with the lane's next request in the queue */
+static void test_lane_foreign(void)
+{
+#ifdef CONFIG_LINUX
+    ForeignTest t;
+
+    pool_init(&t.tp, 0, 4);
+    foreign_run(&t, foreign_lanes);
+    pool_destroy(&t.tp);
+#else
+    g_test_skip("needs thread ids");
+#endif
+}
+
+/* No worker can be created: lanes go on in the event loop. */
+static void test_lane_home(void)
+{
+    const int n = 100;
+    unsigned order[4] = { };
+    TestPool tp;
+    TestReq *r;
+
+    create_fail_after(0);
+    pool_init(&tp, 0, 4);
+    r = reqs_new(&tp, n);
+    for (int i = 0; i < n; i++) {
+        r[i].req.lane = i % 4;
+        r[i].req.class = g_test_rand_bit() ? PAIO_SLOW : PAIO_NORMAL;
+    }
+    reqs_hand_over(r, n);
+    /* The first one of lane 1 is in the queue, the second one waits. */
+    g_assert(req_cancel(&r[1]));
+    g_assert(req_cancel(&r[9]));
+    pool_wait_all(&tp);
+    for (int i = 0; i < n; i++) {
+        if (i == 1 || i == 9) {
+            req_check_cancelled(&r[i]);
+            continue;
+        }
+        req_check_at_home(&r[i]);
+        g_assert_cmpuint(r[i].order, >, order[i % 4]);
+        order[i % 4] = r[i].order;
+    }
+    g_assert_cmpint(pool_info(&tp).run_at_home, ==, n - 2);
+
+    /* As soon as there can be a worker, it serves the lane. */
+    create_reset();
+    reqs_hand_over(r, n);
+    pool_wait_all(&tp);
+    for (int i = 0; i < n; i++) {
+        req_check_in_worker(&r[i]);
+    }
+    g_assert_cmpint(pool_info(&tp).run_at_home, ==, n - 2);
+    g_free(r);
+    pool_destroy(&tp);
+}
+
+/* The last one is complete, while its worker looks after the lane. */
+static void test_lane_teardown(void)
+{
+    for (int round = 0; round < 200; round++) {
+        int n = g_test_rand_int_range(1, 12);
+        TestPool tp;
+        TestReq *r;
+
+        pool_init(&tp, g_test_rand_int_range(0, 3), 4);
+        r = reqs_new(&tp, n);
+        for (int i = 0; i < n; i++) {
+            int us = g_test_rand_bit() ? g_test_rand_int_range(0, 300) : 0;
+
+            r[i].func = sleep_func;
+            r[i].data = GINT_TO_POINTER(us);
+            r[i].req.lane = g_test_rand_int_range(0, 3);
+            r[i].req.class = g_test_rand_bit() ? PAIO_SLOW : PAIO_NORMAL;
+        }
+        reqs_submit(r, n);
+        while (g_test_rand_bit()) {
+            req_cancel(&r[g_test_rand_int_range(0, n)]);
+        }
+        pool_wait_all(&tp);
+        if (g_test_rand_bit()) {
+            pool_set(&tp, 0, 1);
+        }
+        pool_destroy(&tp);
+        g_free(r);
+    }
+}
+
+/*
+ * Wake-ups
+ */
+
+/*
+ * Hand over @n requests to @idle workers, each of which is held by the first
+ * one that it gets.
+ */
+static void do_test_wake(int idle, int n)
+{
+    int busy = MIN(idle, n);
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+    uint64_t wake_ups;
+
+    gate_init(&gate);
+    pool_init_idle(&tp, idle);
+    r = reqs_new_gated(&tp, n, &gate, PAIO_NORMAL);
+    wake_ups = pool_info(&tp).wake_ups;
+    reqs_hand_over(r, n);
+    g_assert_cmpuint(pool_info(&tp).wake_ups - wake_ups, ==, busy);
+    WAIT_BLIND(gate_inside(&gate) == busy);
+    pool_turn_for_ms(&tp, 3);
+    g_assert_cmpuint(pool_info(&tp).wake_ups - wake_ups, ==, busy);
+    g_assert_cmpint(pool_info(&tp).idle, ==, idle - busy);
+    g_assert_cmpint(gate_inside(&gate), ==, busy);
+    gate_open(&gate);
+    pool_wait_all(&tp);
+    reqs_check(r, n);
+    g_free(r);
+    pool_destroy(&tp);
+    gate_destroy(&gate);
+}
+
+/* As many idle workers are woken as there is work for. */
+static void test_wake_as_needed(void)
+{
+    do_test_wake(8, 1);
+    do_test_wake(8, 3);
+    do_test_wake(8, 8);
+    do_test_wake(8, 40);
+}
+
+/* Also if they are so many that they are not signalled all at a time */
+static void test_wake_batches(void)
+{
+    do_test_wake(16, 16);
+    do_test_wake(17, 17);
+    do_test_wake(24, 24);
+    do_test_wake(40, 20);
+    do_test_wake(40, 40);
+    do_test_wake(40, 100);
+}
+
+/*
+ * Spinning
+ *
+ * When the clock is stopped, a worker that spins does so until a request comes
+ * or the clock is turned.
+ */
+
+#define POLL_NS (200 * SCALE_US)
+#define NR_SPINNERS 16
+
+/* More rounds than any mean value needs to adapt */
+#define SPIN_ROUNDS 500
+/* More than are made in a row only to find out whether it would pay */
+#define SPIN_STREAK 32
+
+static void poll_set(AioContext *ctx, int64_t max_ns)
+{
+    aio_context_set_poll_params(ctx, max_ns, 0, 0, &error_abort);
+}
+
+static bool spin_possible(void)
+{
+    if (g_get_num_processors() < 2) {
+        g_test_skip("needs two CPUs");
+        return false;
+    }
+    return true;
+}
+
+/*
+ * Run a request, with nothing to do for @pause_ns before.  In the end all @n
+ * workers are idle, or one of them spins.  Returns: whether one does
+ */
+static bool spin_round(TestPool *tp, int n, int64_t pause_ns)
+{
+    uint64_t spins = pool_info(tp).spins;
+    TestReq *r;
+    Gate gate;
+
+    gate_init(&gate);
+    r = reqs_new_gated(tp, 1, &gate, PAIO_NORMAL);
+    if (pause_ns) {
+        clock_turn(pause_ns);
+        WAIT_BLIND(pool_info(tp).idle == n);
+    }
+    clock_followed = true;
+    reqs_hand_over(r, 1);
+    clock_followed = false;
+    /* Only now, so that the worker can't be ahead of the hand-over */
+    gate_open(&gate);
+    WAIT_LOOP(tp->ctx, r->completions);
+    req_check_in_worker(r);
+    WAIT_STATE(tp->ctx,
+               pool_info(tp).idle + (pool_info(tp).spins > spins) == n);
+    g_free(r);
+    gate_destroy(&gate);
+    spins = pool_info(tp).spins - spins;
+    g_assert_cmpuint(spins, <=, 1);
+    return spins;
+}
+
+/* Requests follow each other closely until it pays to wait for the next. */
+static void spin_begin(TestPool *tp, int n)
+{
+    int rounds = 0, streak = 0;
+
+    while (streak < SPIN_STREAK) {
+        streak = spin_round(tp, n, 0) ? streak + 1 : 0;
+        g_assert_cmpint(++rounds, <, SPIN_ROUNDS);
+    }
+}
+
+static void spin_end(TestPool *tp)
+{
+    clock_go();
+    pool_destroy(tp);
+    poll_set(tp->ctx, 0);
+}
+
+/* Who doesn't let the event loop poll doesn't want workers to do so. */
+static void test_spin_none_by_default(void)
+{
+    TestPool tp;
+    TestReq *r;
+
+    pool_init_idle(&tp, 2);
+    r = reqs_new(&tp, 2);
+    chain_left = 3000;
+    for (int i = 0; i < 2; i++) {
+        r[i].done = chain_done;
+    }
+    reqs_submit(r, 2);
+    pool_wait_all(&tp);
+    WAIT_STATE(tp.ctx, pool_info(&tp).idle == 2);
+    clock_stop();
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(!spin_round(&tp, 2, 0));
+    }
+    g_assert_cmpuint(pool_info(&tp).spins, ==, 0);
+    g_free(r);
+    spin_end(&tp);
+}
+
+/* If a worker spins, nobody is woken for a request. */
+static void test_spin_pays(void)
+{
+    TestPool tp;
+    uint64_t spins, wake_ups;
+
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init_idle(&tp, 2);
+    clock_stop();
+    spin_begin(&tp, 2);
+    spins = pool_info(&tp).spins;
+    wake_ups = pool_info(&tp).wake_ups;
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(spin_round(&tp, 2, 0));
+    }
+    g_assert_cmpuint(pool_info(&tp).spins, ==, spins + SPIN_ROUNDS);
+    g_assert_cmpuint(pool_info(&tp).wake_ups, ==, wake_ups);
+    spin_end(&tp);
+}
+
+static void test_spin_stops(void)
+{
+    TestPool tp;
+    PAIOPoolInfo before;
+
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init_idle(&tp, 2);
+    clock_stop();
+    for (int round = 0; round < 2; round++) {
+        spin_begin(&tp, 2);
+
+        /* One long pause doesn't make up for many short ones. */
+        for (int i = 0; i < SPIN_ROUNDS; i++) {
+            g_assert(spin_round(&tp, 2, 0));
+        }
+        g_assert(spin_round(&tp, 2, NANOSECONDS_PER_SECOND));
+
+        for (int i = 0; i < SPIN_STREAK; i++) {
+            spin_round(&tp, 2, NANOSECONDS_PER_SECOND);
+        }
+        before = pool_info(&tp);
+        for (int i = 0; i < SPIN_ROUNDS; i++) {
+            spin_round(&tp, 2, NANOSECONDS_PER_SECOND);
+        }
+        /* It may be tried again now and then. */
+        g_assert_cmpuint(pool_info(&tp).spins, <,
+                         before.spins + SPIN_ROUNDS / 8);
+        g_assert_cmpuint(pool_info(&tp).wake_ups, ==,
+                         before.wake_ups + SPIN_ROUNDS);
+    }
+
+    /* Polling is turned off at run time. */
+    spin_begin(&tp, 2);
+    poll_set(tp.ctx, 0);
+    for (int i = 0; i < 10; i++) {
+        g_assert(!spin_round(&tp, 2, 0));
+    }
+    spin_end(&tp);
+}
+
+/*
+ * One of three workers spins and gets the first of two requests, another one
+ * is woken for the second; when both are done, again only one of them spins.
+ */
+static void test_spin_one(void)
+{
+    TestPool tp;
+    PAIOPoolInfo before;
+
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init_idle(&tp, 3);
+    clock_stop();
+    spin_begin(&tp, 3);
+    before = pool_info(&tp);
+    for (int i = 1; i <= 50; i++) {
+        TestReq *r;
+        Gate gate;
+
+        gate_init(&gate);
+        r = reqs_new_gated(&tp, 2, &gate, PAIO_NORMAL);
+        g_assert_cmpint(pool_info(&tp).idle, ==, 2);
+        clock_followed = true;
+        reqs_hand_over(r, 2);
+        clock_followed = false;
+        WAIT_BLIND(gate_inside(&gate) == 2);
+        g_assert_cmpuint(pool_info(&tp).wake_ups, ==, before.wake_ups + i);
+        gate_open(&gate);
+        pool_wait_all(&tp);
+        WAIT_STATE(tp.ctx, pool_info(&tp).spins == before.spins + i);
+        WAIT_STATE(tp.ctx, pool_info(&tp).idle == 2);
+        reqs_check(r, 2);
+        g_free(r);
+        gate_destroy(&gate);
+    }
+    g_assert_cmpuint(pool_info(&tp).spins, ==, before.spins + 50);
+    spin_end(&tp);
+}
+
+/* Half of the CPUs may be used to spin, whatever the number of pools. */
+static void test_spin_all_pools(void)
+{
+    int limit = g_get_num_processors() / 2;
+    TestPool tp[NR_SPINNERS + 1];
+
+    if (!spin_possible()) {
+        return;
+    }
+    if (limit > NR_SPINNERS) {
+        g_test_skip("too many CPUs");
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    for (int i = 0; i <= limit; i++) {
+        pool_init_idle(&tp[i], 1);
+    }
+    clock_stop();
+    for (int i = 0; i < limit; i++) {
+        spin_begin(&tp[i], 1);
+    }
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(!spin_round(&tp[limit], 1, 0));
+    }
+    for (int i = 0; i < limit; i++) {
+        g_assert_cmpint(pool_info(&tp[i]).idle, ==, 0);
+    }
+    /* All of them give up, which makes room for another. */
+    clock_turn(NANOSECONDS_PER_SECOND);
+    for (int i = 0; i < limit; i++) {
+        WAIT_BLIND(pool_info(&tp[i]).idle == 1);
+    }
+    spin_begin(&tp[limit], 1);
+    clock_go();
+    for (int i = 0; i < limit; i++) {
+        pool_destroy(&tp[i]);
+    }
+    spin_end(&tp[limit]);
+}
+
+/* With the clock that everybody has: only that no request is lost */
+static void test_spin_chain(void)
+{
+    TestPool tp;
+    TestReq r;
+
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init(&tp, 0, 4);
+    for (int lane = 0; lane < 2; lane++) {
+        req_init(&r, &tp);
+        r.req.lane = lane;
+        r.done = chain_done;
+        chain_left = 10000;
+        req_submit(&r);
+        pool_wait_all(&tp);
+        g_assert_cmpuint(tp.completed, ==, (lane + 1) * 10001);
+    }
+    g_assert_cmpuint(pool_info(&tp).spins, <=, tp.completed + 4);
+    g_assert_cmpuint(pool_info(&tp).wake_ups, <=, tp.completed);
+    g_test_message("%u requests, %" PRIu64 " spins, %" PRIu64 " wake-ups",
+                   tp.completed, pool_info(&tp).spins, pool_info(&tp).wake_ups);
+    spin_end(&tp);
+}
+
+/* There are to be fewer workers: the one that spins doesn't go to sleep. */
+static void test_spin_surplus(void)
+{
+    TestPool tp;
+    TestReq *r;
+    Gate gate;
+
+    if (!spin_possible()) {
+        return;
+    }
+    gate_init(&gate);
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init_idle(&tp, 2);
+    clock_stop();
+    spin_begin(&tp, 2);
+    /* The one that spins takes this, the other one spins after the next. */
+    r = reqs_new_gated(&tp, 1, &gate, PAIO_NORMAL);
+    clock_followed = true;
+    reqs_hand_over(r, 1);
+    clock_followed = false;
+    WAIT_BLIND(gate_inside(&gate) == 1);
+    while (!spin_round(&tp, 1, 0)) {
+        /* again */
+    }
+    g_assert_cmpint(pool_info(&tp).idle, ==, 0);
+    pool_set(&tp, 1, 1);
+    clock_turn(NANOSECONDS_PER_SECOND);
+    WAIT_STATE(tp.ctx, pool_info(&tp).threads == 1 || pool_info(&tp).idle);
+    g_assert_cmpint(pool_info(&tp).idle, ==, 0);
+    g_assert_cmpint(gate_inside(&gate), ==, 1);
+    gate_open(&gate);
+    pool_wait_all(&tp);
+    req_check_in_worker(r);
+    g_free(r);
+    gate_destroy(&gate);
+    spin_end(&tp);
+}
+
+static void *clock_go_later(void *opaque)
+{
+    g_usleep(3000);
+    clock_go();
+    return NULL;
+}
+
+/* Freed while a worker spins, which has to end when it has done so. */
+static void test_spin_free(void)
+{
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    for (int n = 1; n <= 3; n++) {
+        TestPool tp;
+        QemuThread thread;
+
+        pool_init_idle(&tp, n);
+        clock_stop();
+        spin_begin(&tp, n);
+        qemu_thread_create(&thread, "clock", clock_go_later, NULL,
+                           QEMU_THREAD_JOINABLE);
+        pool_destroy(&tp);
+        qemu_thread_join(&thread);
+    }
+    poll_set(qemu_get_current_aio_context(), 0);
+}
+
+/* The same wherever the worker happens to be */
+static void test_spin_free_random(void)
+{
+    if (!spin_possible()) {
+        return;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    for (int round = 0; round < 100; round++) {
+        int n = g_test_rand_int_range(1, 3);
+        TestPool tp;
+        TestReq *r;
+
+        pool_init(&tp, n, n);
+        r = reqs_new(&tp, 2);
+        chain_left = g_test_rand_int_range(0, 60);
+        for (int i = 0; i < n; i++) {
+            r[i].done = chain_done;
+            r[i].req.lane = g_test_rand_int_range(0, 2);
+        }
+        reqs_submit(r, n);
+        pool_wait_all(&tp);
+        if (g_test_rand_bit()) {
+            g_usleep(g_test_rand_int_range(0, 100));
+        }
+        pool_destroy(&tp);
+        g_free(r);
+    }
+    poll_set(qemu_get_current_aio_context(), 0);
+}
+
+/*
  * Coroutines
  */
 
@@ -2736,6 +3912,7 @@ struct Stress {
     TestPool tp;
     GRand *rand;
     StressSlot slots[STRESS_SLOTS];
+    bool polling;
     bool stop;
     int nested;
     unsigned cancels;
@@ -2746,6 +3923,12 @@ struct Stress {
 static bool stress_dice(Stress *s, int sides)
 {
     return g_rand_int_range(s->rand, 0, sides) == 0;
+}
+
+/* Half of the requests in one of a few lanes */
+static unsigned stress_lane(Stress *s)
+{
+    return stress_dice(s, 2) ? 0 : g_rand_int_range(s->rand, 1, 4);
 }
 
 static void stress_done(TestReq *r);
@@ -2763,6 +3946,7 @@ static void stress_submit(Stress *s, StressSlot *slot)
     slot->r.data = GINT_TO_POINTER(us);
     slot->r.done = stress_done;
     slot->r.req.class = stress_dice(s, 4) ? PAIO_SLOW : PAIO_NORMAL;
+    slot->r.req.lane = stress_lane(s);
     req_submit(&slot->r);
 }
 
@@ -2784,6 +3968,7 @@ static void stress_nest(Stress *s)
     s->nests++;
     req_init(&r, &s->tp);
     r.value = s->nests;
+    r.req.lane = stress_lane(s);
     if (section) {
         defer_call_begin();
     }
@@ -2843,6 +4028,9 @@ static void stress_begin(void *opaque)
 {
     Stress *s = opaque;
 
+    if (s->polling) {
+        poll_set(s->ctx, POLL_NS);
+    }
     pool_init(&s->tp, 0, 8);
     for (int i = 0; i < STRESS_SLOTS; i++) {
         s->slots[i].s = s;
@@ -2866,6 +4054,7 @@ static void stress_finish(void *opaque)
     g_assert_cmpuint(s->tp.submitted, ==, s->tp.completed);
     g_assert_cmpuint(s->tp.completed, ==, s->cancels + s->runs);
     pool_destroy(&s->tp);
+    poll_set(s->ctx, 0);
 }
 
 typedef struct StressParams {
@@ -2900,6 +4089,7 @@ static void do_test_stress(int ms, bool chaos)
             s[i].iothread = iothread_new();
             s[i].ctx = iothread_get_aio_context(s[i].iothread);
         }
+        s[i].polling = i & 1;
     }
     for (int i = 0; i < STRESS_CONTEXTS; i++) {
         ctx_call(s[i].ctx, stress_begin, &s[i]);
@@ -2922,10 +4112,13 @@ static void do_test_stress(int ms, bool chaos)
     for (int i = 0; i < STRESS_CONTEXTS; i++) {
         ctx_call(s[i].ctx, stress_stop, &s[i]);
         g_test_message("%u submitted, %u completed, %u cancelled, %u nested, "
-                       "%" PRIu64 " run at home, %d threads at most",
+                       "%" PRIu64 " run at home, %d threads at most, "
+                       "%" PRIu64 " wake-ups, %" PRIu64 " spins",
                        s[i].tp.submitted, s[i].tp.completed, s[i].cancels,
                        s[i].nests, pool_info(&s[i].tp).run_at_home,
-                       pool_info(&s[i].tp).threads_peak);
+                       pool_info(&s[i].tp).threads_peak,
+                       pool_info(&s[i].tp).wake_ups,
+                       pool_info(&s[i].tp).spins);
     }
     g_test_message("limits changed %u times", params.changes);
     for (int i = 0; i < STRESS_CONTEXTS; i++) {
@@ -3025,6 +4218,34 @@ static const Case cases[] = {
     { "free/unused", test_free_unused, IN_BOTH },
     { "free/idle", test_free_idle, IN_BOTH },
     { "free/elsewhere", test_free_elsewhere, IN_MAIN_LOOP },
+    { "lane/serial", test_lane_serial, IN_BOTH },
+    { "lane/beside", test_lane_beside, IN_BOTH },
+    { "lane/stuck", test_lane_stuck, IN_BOTH },
+    { "lane/all-stuck", test_lane_all_stuck, IN_BOTH },
+    { "lane/slow", test_lane_slow, IN_BOTH },
+    { "lane/wake", test_lane_wake, IN_BOTH },
+    { "lane/wake-by-timer", test_lane_wake_by_timer, IN_BOTH },
+    { "lane/slow-class", test_lane_slow_class, IN_BOTH },
+    { "lane/cancel-incoming", test_lane_cancel_incoming, IN_BOTH },
+    { "lane/cancel-waiting", test_lane_cancel_waiting, IN_BOTH },
+    { "lane/cancel-queued", test_lane_cancel_queued, IN_BOTH },
+    { "lane/cancel-class", test_lane_cancel_class, IN_BOTH },
+    { "lane/cancel-all", test_lane_cancel_all, IN_BOTH },
+    { "lane/two-contexts", test_lane_two_contexts, IN_MAIN_LOOP },
+    { "lane/foreign", test_lane_foreign, IN_MAIN_LOOP },
+    { "lane/home", test_lane_home, IN_BOTH },
+    { "lane/teardown", test_lane_teardown, IN_BOTH },
+    { "wake/as-needed", test_wake_as_needed, IN_BOTH },
+    { "wake/batches", test_wake_batches, IN_BOTH },
+    { "spin/none-by-default", test_spin_none_by_default, IN_BOTH },
+    { "spin/pays", test_spin_pays, IN_BOTH },
+    { "spin/stops", test_spin_stops, IN_BOTH },
+    { "spin/one", test_spin_one, IN_BOTH },
+    { "spin/all-pools", test_spin_all_pools, IN_BOTH },
+    { "spin/chain", test_spin_chain, IN_BOTH },
+    { "spin/surplus", test_spin_surplus, IN_BOTH },
+    { "spin/free", test_spin_free, IN_BOTH },
+    { "spin/free-random", test_spin_free_random, IN_BOTH },
     { "coroutine", test_coroutine, IN_BOTH },
     { "stress/plain", test_stress, IN_MAIN_LOOP },
     { "stress/create", test_stress_create, IN_MAIN_LOOP },
@@ -3042,6 +4263,7 @@ static void case_begin(const char *prefix, const Case *c)
 static void case_end(void)
 {
     create_reset();
+    clock_go();
     /* A thread that was joined may be listed for a moment. */
     WAIT_BLIND(!count_workers());
     watchdog_stop();
