@@ -56,12 +56,12 @@
 #define PAIO_GROW_NS (500 * SCALE_US)
 
 /*
- * A worker that finds no work looks for more for a moment before it sleeps, see
- * paio_spin_locked().  Above what it takes to wake a thread, also in a virtual
- * machine (10 to 60 us), and no more than twice as long as the event loop
- * itself may look (poll-max-ns).
+ * A worker that finds no work looks for more before it sleeps, for up to twice
+ * as long as waking it has taken lately, see paio_spin_locked().  That is 10 us
+ * or so on bare metal, and 50 to 100 us in a virtual machine.
  */
-#define PAIO_SPIN_MAX_NS (64 * SCALE_US)
+#define PAIO_SPIN_MIN_NS (10 * SCALE_US)
+#define PAIO_SPIN_MAX_NS (200 * SCALE_US)
 
 /* How many looks at PAIOPool.arrivals between two looks at the clock */
 #define PAIO_SPIN_LOOKS 32
@@ -105,6 +105,7 @@ typedef struct PAIOWorker {
 
     /* Protected by PAIOPool.lock. */
     bool woken;     /* taken off the idle list by someone who has work */
+    int64_t woken_ns;
     bool borrowed;  /* created by a vCPU thread: goes as soon as it can */
     bool retired;   /* does nothing any more but return */
     QLIST_ENTRY(PAIOWorker) idle_next;
@@ -163,7 +164,7 @@ struct PAIOPool {
     bool stopping;
     int64_t ran_dry_ns; /* when a worker last found no work; 0: none since */
     int64_t gap_ns;     /* mean time from then to the next hand-over */
-    int64_t spin_ns;    /* how long a worker may spin */
+    int64_t wake_ns;    /* mean time from waking a worker to its running */
     unsigned dry;       /* how often a worker found no work */
     uint64_t wake_ups;
     uint64_t spins;
@@ -241,6 +242,7 @@ static PAIOWorker *paio_rouse_locked(PAIOPool *pool)
     pool->nr_waking++;
     pool->wake_ups++;
     w->woken = true;
+    w->woken_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     return w;
 }
 
@@ -366,10 +368,11 @@ static void paio_widen_stuck_lanes_locked(PAIOPool *pool, int64_t now)
 /*
  * Spinning
  *
- * A sleeping worker costs the event loop a system call and the request a thread
- * switch.  So one worker of a pool goes on looking for work for a moment, if
- * the recent past says that work will come: if the time from a worker's finding
- * nothing to the next hand-over has been short on average.  Nobody needs to
+ * A sleeping worker costs the event loop a system call, and the request a wait
+ * until the worker runs.  So one worker of a pool goes on looking for work for
+ * a while, for no longer than twice what waking it takes, if the recent past
+ * says that work will come meanwhile: if the time from a worker's finding
+ * nothing to the next hand-over has been shorter on average.  Nobody needs to
  * wake that worker: it counts as one on its way, since it always looks at the
  * queue, with the lock, before it sleeps.
  *
@@ -401,22 +404,35 @@ static void paio_ran_dry_locked(PAIOPool *pool)
     pool->dry++;
 }
 
+/* Exponential; what is above @max counts as that. */
+static void paio_average(int64_t *mean, int64_t ns, int64_t max)
+{
+    *mean += (MIN(ns, max) - *mean) / 8;
+}
+
+/* How long a worker may spin; never if the event loop itself must not. */
+static int64_t paio_spin_limit_locked(PAIOPool *pool)
+{
+    if (!pool->ctx->poll_max_ns) {
+        return 0;
+    }
+    return MIN(MAX(2 * pool->wake_ns, PAIO_SPIN_MIN_NS), PAIO_SPIN_MAX_NS);
+}
+
 /* Work has come: learn whether it would have paid to wait for it. */
 static void paio_learn_gap_locked(PAIOPool *pool, int64_t now)
 {
-    pool->spin_ns = 2 * MIN(pool->ctx->poll_max_ns, PAIO_SPIN_MAX_NS / 2);
     if (pool->ran_dry_ns) {
         /* One long pause must not outweigh a hundred short ones. */
-        int64_t gap = MIN(now - pool->ran_dry_ns, 4 * PAIO_SPIN_MAX_NS);
-
-        pool->gap_ns += (gap - pool->gap_ns) / 8;
+        paio_average(&pool->gap_ns, now - pool->ran_dry_ns,
+                     4 * paio_spin_limit_locked(pool));
         pool->ran_dry_ns = 0;
     }
 }
 
-static bool paio_spin_pays_locked(PAIOPool *pool)
+static bool paio_spin_pays_locked(PAIOPool *pool, int64_t limit)
 {
-    return pool->gap_ns < pool->spin_ns ||
+    return pool->gap_ns < limit ||
            pool->dry % PAIO_SPIN_TRIAL_EVERY < PAIO_SPIN_TRIALS;
 }
 
@@ -433,10 +449,11 @@ static bool paio_surplus_locked(PAIOPool *pool)
  */
 static bool paio_spin_locked(PAIOPool *pool)
 {
-    int64_t end = pool->ran_dry_ns + pool->spin_ns;
+    int64_t limit = paio_spin_limit_locked(pool);
+    int64_t end = pool->ran_dry_ns + limit;
     unsigned seen = qatomic_read(&pool->arrivals);
 
-    if (!pool->spin_ns || pool->nr_spinning || !paio_spin_pays_locked(pool) ||
+    if (!limit || pool->nr_spinning || !paio_spin_pays_locked(pool, limit) ||
         !paio_spinner_get(pool)) {
         return false;
     }
@@ -487,6 +504,9 @@ static bool paio_wait_locked(PAIOPool *pool, PAIOWorker *w)
     }
     w->woken = false;
     pool->nr_waking--;
+    paio_average(&pool->wake_ns,
+                 qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - w->woken_ns,
+                 PAIO_SPIN_MAX_NS);
     return true;
 }
 
