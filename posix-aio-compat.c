@@ -162,6 +162,7 @@ struct PAIOPool {
     int max_threads;
     int nr_peak;
     bool stopping;
+    bool may_spin;      /* the event loop polls: as of the last hand-over */
     int64_t ran_dry_ns; /* when a worker last found no work; 0: none since */
     int64_t gap_ns;     /* mean time from then to the next hand-over */
     int64_t wake_ns;    /* mean time from waking a worker to its running */
@@ -410,24 +411,23 @@ static void paio_average(int64_t *mean, int64_t ns, int64_t max)
     *mean += (MIN(ns, max) - *mean) / 8;
 }
 
-/* How long a worker may spin; never if the event loop itself must not. */
+/* How long a worker may spin */
 static int64_t paio_spin_limit_locked(PAIOPool *pool)
 {
-    if (!pool->ctx->poll_max_ns) {
-        return 0;
-    }
     return MIN(MAX(2 * pool->wake_ns, PAIO_SPIN_MIN_NS), PAIO_SPIN_MAX_NS);
 }
 
 /* Work has come: learn whether it would have paid to wait for it. */
 static void paio_learn_gap_locked(PAIOPool *pool, int64_t now)
 {
-    if (pool->ran_dry_ns) {
+    /* Who does not let the event loop poll does not want workers to spin. */
+    pool->may_spin = pool->ctx->poll_max_ns > 0;
+    if (pool->may_spin && pool->ran_dry_ns) {
         /* One long pause must not outweigh a hundred short ones. */
         paio_average(&pool->gap_ns, now - pool->ran_dry_ns,
                      4 * paio_spin_limit_locked(pool));
-        pool->ran_dry_ns = 0;
     }
+    pool->ran_dry_ns = 0;
 }
 
 static bool paio_spin_pays_locked(PAIOPool *pool, int64_t limit)
@@ -441,6 +441,26 @@ static bool paio_surplus_locked(PAIOPool *pool)
     return pool->stopping || pool->nr_workers > pool->max_threads;
 }
 
+/* Returns: whether pool->arrivals is something else than @seen before @end */
+static bool paio_watch_arrivals(PAIOPool *pool, unsigned seen, int64_t end)
+{
+    do {
+        for (int i = 0; i < PAIO_SPIN_LOOKS; i++) {
+            /*
+             * A hint from paio_hand_over() or paio_wake_locked(): what it
+             * means is read under the lock.
+             */
+            if (qatomic_read(&pool->arrivals) != seen) {
+                return true;
+            }
+            cpu_relax();
+        }
+        /* Whoever else wants this CPU may be the one who sends the work. */
+        sched_yield();
+    } while (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) < end);
+    return false;
+}
+
 /*
  * Look for work without sleeping.  Whoever wanted the worker to work or to go
  * meanwhile has not woken it, as it was not idle.
@@ -451,34 +471,26 @@ static bool paio_spin_locked(PAIOPool *pool)
 {
     int64_t limit = paio_spin_limit_locked(pool);
     int64_t end = pool->ran_dry_ns + limit;
-    unsigned seen = qatomic_read(&pool->arrivals);
+    bool again, found;
 
-    if (!limit || pool->nr_spinning || !paio_spin_pays_locked(pool, limit) ||
-        !paio_spinner_get(pool)) {
+    if (!pool->may_spin || pool->nr_spinning ||
+        !paio_spin_pays_locked(pool, limit) || !paio_spinner_get(pool)) {
         return false;
     }
     pool->nr_spinning++;
     pool->spins++;
-    qemu_mutex_unlock(&pool->lock);
     do {
-        for (int i = 0; i < PAIO_SPIN_LOOKS; i++) {
-            /*
-             * A hint from paio_hand_over() or paio_wake_locked(): what it
-             * means is read under the lock.
-             */
-            if (qatomic_read(&pool->arrivals) != seen) {
-                goto out;
-            }
-            cpu_relax();
-        }
-        /* Whoever else wants this CPU may be the one who sends the work. */
-        sched_yield();
-    } while (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) < end);
-out:
-    qemu_mutex_lock(&pool->lock);
+        unsigned seen = qatomic_read(&pool->arrivals);
+
+        qemu_mutex_unlock(&pool->lock);
+        /* What arrives may be taken by another worker that was done. */
+        again = paio_watch_arrivals(pool, seen, end);
+        qemu_mutex_lock(&pool->lock);
+        found = paio_runnable_locked(pool) > 0 || paio_surplus_locked(pool);
+    } while (again && !found);
     pool->nr_spinning--;
     qatomic_dec(&paio_spinners);
-    return paio_runnable_locked(pool) > 0 || paio_surplus_locked(pool);
+    return found;
 }
 
 /*
