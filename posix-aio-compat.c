@@ -105,7 +105,7 @@ typedef struct PAIOWorker {
 
     /* Protected by PAIOPool.lock. */
     bool woken;     /* taken off the idle list by someone who has work */
-    int64_t woken_ns;
+    int64_t woken_ns;   /* when that was */
     bool borrowed;  /* created by a vCPU thread: goes as soon as it can */
     bool retired;   /* does nothing any more but return */
     QLIST_ENTRY(PAIOWorker) idle_next;
