@@ -319,6 +319,10 @@ static void slot_prepare(BenchSlot *slot)
         for (int i = 0, at = 0; i < opt.segments; i++) {
             struct iovec *iov = &slot->qiov.iov[i];
 
+            if (opt.zero_ok && opt.write_percent < 100) {
+                /* It may have read zeroes from a hole. */
+                pattern_init(iov->iov_base, iov->iov_len);
+            }
             pattern_mark(iov->iov_base, iov->iov_len, slot->offset + at);
             at += iov->iov_len;
         }
