@@ -39,13 +39,11 @@ def verdict(entry):
     """What there is to say of a subject in place of a figure, or ''."""
     if not entry.get('applies', True):
         return '-'
-    if entry['refused']:
-        return 'refused'
     for what, count in (('WRONG DATA', entry.get('wrong_data')), ('crashed', entry['crashed']), ('hung', entry['hung']),
                         ('failed', entry.get('failed'))):
         if count:
             return what if what == 'WRONG DATA' else f'{what} {count}/{entry.get("attempts") or count}'
-    return ''
+    return 'refused' if entry['refused'] else ''
 
 
 def main_figure(row, entry):

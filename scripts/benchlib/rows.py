@@ -67,7 +67,7 @@ def _rows():
         Row('starve', '4 KiB cached reads, 64 in flight, sent again from their completion: how late the event loop is',
             depth=64, chained=True, heartbeat=200, figure='stall'),
         Row('vectored', '64 KiB O_DIRECT reads into 16 segments, 8 in flight', direct=True, depth=8, block=64 << 10,
-            segments=16),
+            segments=16, floor=False),
         Row('seq-read-1m-cached', '1 MiB reads in order from the page cache, 4 in flight', sequential=True, block=MIB,
             depth=4),
         Row('seq-read-1m-direct', '1 MiB O_DIRECT reads in order, 4 in flight', direct=True, sequential=True, block=MIB,
@@ -163,13 +163,12 @@ def fio_command(program, row, subject, path, size, seconds):
     """The same work by fio. It may not lay out files, drop the page cache or start the file over by itself."""
     argv = [program, '--output-format=json', '--lat_percentiles=1', '--clat_percentiles=0',
             '--percentile_list=50:90:99:99.9', '--filename=' + path.replace('\\', '\\\\').replace(':', '\\:'),
-            f'--size={size}', f'--bs={row.block}', f'--direct={int(row.direct)}',
-            f'--runtime={round(seconds * 1000)}ms', f'--invalidate={int(row.cold)}', '--allow_file_create=0',
+            f'--size={size}', f'--bs={row.block}', f'--direct={int(row.direct)}', f'--invalidate={int(row.cold)}', '--allow_file_create=0',
             '--fallocate=none', '--fadvise_hint=0', '--randrepeat=1',
             # Its buffer would stand just beside a page's beginning, and copies into that take up to six times as long.
             '--iomem_align=4096']
     if not row.once:
-        argv += ['--time_based', '--norandommap']
+        argv += ['--time_based', f'--runtime={round(seconds * 1000)}ms', '--norandommap']
     # A synchronous engine has one request in flight, whatever the row has.
     depth = 1 if subject.engine == 'psync' else row.depth
     argv += ['--name=measured', f'--ioengine={subject.engine}', f'--iodepth={depth}',

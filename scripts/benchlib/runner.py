@@ -22,6 +22,8 @@ PERCENTILES = ('p50', 'p90', 'p99', 'p999', 'max')
 STALLS = ('p99', 'p999', 'max', 'floor_p99', 'floor_p999', 'floor_max')
 # How scripts/bench-guest says that QEMU crashed, or hung
 GUEST_END = re.compile(r'(ended by signal \d+)|\bhung\b')
+# QEMU 10.0 finds out with the first request, and goes on with threads.
+FALLBACK = re.compile(r'^.*Unable to use linux (?:io_uring|AIO).*$', re.M | re.I)
 # What fio's errors mean when the kernel or the file system lacks something
 FIO_REFUSALS = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
 
@@ -288,6 +290,9 @@ class Runner:
                 outcome.runs.append({'round': number, **run})
         elif ended.code == 3:
             outcome.refused, outcome.reason = True, ended.last_words()
+        elif ended.code == 0 and subject.side == 'stock' and (found := FALLBACK.search(ended.err)):
+            # It would be measured in a mode that it was not asked for.
+            outcome.refused, outcome.reason = True, host.without_paths(found[0])
         elif ended.code == 4:
             outcome.wrong += 1
             outcome.reason = ended.last_words()
@@ -305,14 +310,17 @@ class Runner:
         else:
             try:
                 run = json.loads(ended.out)
-                if not run['requests']:
-                    run['us_per_request'] = None
+                served = bool(run['requests'])
                 run.setdefault('us_per_request', None)
             except (ValueError, KeyError, TypeError):
                 outcome.failed += 1
                 outcome.reason = 'its output is not what it should be'
-            else:
+                return
+            if served:
                 outcome.runs.append({'round': number, **run})
+            else:
+                outcome.failed += 1
+                outcome.reason = 'no request was done in time'
 
     # --- a row ---
 
@@ -353,10 +361,12 @@ class Runner:
                 if row.neighbour:
                     neighbour = self.start_neighbour()
             for number in range(self.plan.runs):
-                # Another first one in each round: nobody always has the machine as the same other left it.
+                # Another first one in each round, and every other round backwards: nobody always has the machine as
+                # the same other left it.
                 subjects = self.plan.subjects
                 turn = number % len(subjects)
-                for subject in subjects[turn:] + subjects[:turn]:
+                subjects = subjects[turn:] + subjects[:turn]
+                for subject in subjects[::-1] if number % 2 else subjects:
                     if not results[subject.name].finished():
                         status(f'{row.name}: run {number + 1} of {self.plan.runs}: {subject.name}')
                         self.run_once(row, subject, paths, number)

@@ -39,9 +39,9 @@ enum {
 
 /* Data have a marker for each of these many bytes. */
 #define SECTOR          512
-/* All data of each so many-th read request are compared. */
+/* One in so many read requests has all its data compared. */
 #define VERIFY_EVERY    64
-/* So many written blocks are read back at the end. */
+/* So many of the last blocks that were written are read back at the end. */
 #define READ_BACK       64
 /* Between two segments of a request, so that nothing can join them. */
 #define SEGMENT_GAP     4096
@@ -74,6 +74,7 @@ typedef struct BenchSlot {
     BenchKind kind;
     bool storm;             /* write, flush, write, flush, ...; not measured */
     bool only_flush;        /* sent by --flush-every */
+    bool verify;            /* a read whose data are compared */
     uint64_t offset;
     int64_t start;          /* ns */
     uint8_t *buf;
@@ -101,8 +102,9 @@ struct BenchLoop {
     uint64_t stride;        /* of --once */
     uint64_t started;       /* requests */
     uint64_t writes;
-    uint64_t reads;
     uint64_t verified;
+    uint64_t written[READ_BACK];    /* offsets, a ring */
+    uint64_t nr_written;
     uint64_t completed;     /* atomic: measured requests; read by the monitor */
 
     BenchHist hist[BENCH_KIND__MAX];
@@ -187,11 +189,18 @@ static uint64_t mix64(uint64_t x)
     return x ^ (x >> 31);
 }
 
-/* --- the data: a marker by offset, then the same words in each sector --- */
+/*
+ * The data: in each sector a marker made of its offset and the run that wrote
+ * it, then the number of that run, then always the same words.  A run may so
+ * find what any earlier one has written, and knows its own.
+ */
 
-static uint64_t marker(uint64_t offset)
+/* Of this run; constant */
+static uint64_t run_id;
+
+static uint64_t marker(uint64_t offset, uint64_t id)
 {
-    return mix64(offset / SECTOR + UINT64_C(0x9e3779b97f4a7c15));
+    return mix64((offset / SECTOR + UINT64_C(0x9e3779b97f4a7c15)) ^ mix64(id));
 }
 
 static uint64_t filler(unsigned word)
@@ -209,16 +218,23 @@ static void pattern_init(uint8_t *buf, size_t len)
 static void pattern_mark(uint8_t *buf, size_t len, uint64_t offset)
 {
     for (size_t i = 0; i < len; i += SECTOR) {
-        stq_he_p(buf + i, marker(offset + i));
+        stq_he_p(buf + i, marker(offset + i, run_id));
+        stq_he_p(buf + i + sizeof(uint64_t), run_id);
     }
 }
 
-static bool sector_ok(const uint8_t *buf, uint64_t offset)
+/* @own: only what this run has written will do */
+static bool sector_ok(const uint8_t *buf, uint64_t offset, bool own)
 {
-    if (ldq_he_p(buf) != marker(offset)) {
-        return opt.zero_ok && buffer_is_zero(buf, SECTOR);
+    uint64_t id = ldq_he_p(buf + sizeof(uint64_t));
+
+    if (!own && opt.zero_ok && buffer_is_zero(buf, SECTOR)) {
+        return true;
     }
-    for (unsigned i = 1; i < SECTOR / sizeof(uint64_t); i++) {
+    if (ldq_he_p(buf) != marker(offset, id) || (own && id != run_id)) {
+        return false;
+    }
+    for (unsigned i = 2; i < SECTOR / sizeof(uint64_t); i++) {
         if (ldq_he_p(buf + i * sizeof(uint64_t)) != filler(i)) {
             return false;
         }
@@ -226,13 +242,14 @@ static bool sector_ok(const uint8_t *buf, uint64_t offset)
     return true;
 }
 
-static void pattern_verify(const uint8_t *buf, size_t len, uint64_t offset)
+static void pattern_verify(const uint8_t *buf, size_t len, uint64_t offset,
+                           bool own)
 {
     for (size_t i = 0; i < len; i += SECTOR) {
-        if (!sector_ok(buf + i, offset + i)) {
+        if (!sector_ok(buf + i, offset + i, own)) {
             fail(EXIT_WRONG_DATA, "wrong data at offset %" PRIu64 "%s",
                  offset + i,
-                 g_str_equal(opt.prepare, "keep")
+                 !own && g_str_equal(opt.prepare, "keep")
                  ? " (was the file made with --prepare write?)" : "");
         }
     }
@@ -315,17 +332,22 @@ static void slot_prepare(BenchSlot *slot)
         slot->offset = next_block(loop) * opt.block_size;
         loop->started++;
     }
-    if (slot->kind == BENCH_WRITE) {
-        for (int i = 0, at = 0; i < opt.segments; i++) {
-            struct iovec *iov = &slot->qiov.iov[i];
+    slot->verify = slot->kind == BENCH_READ &&
+                   random_next(loop) % VERIFY_EVERY == 0;
+    for (int i = 0, at = 0; i < opt.segments; i++) {
+        struct iovec *iov = &slot->qiov.iov[i];
 
+        if (slot->kind == BENCH_WRITE) {
             if (opt.zero_ok && opt.write_percent < 100) {
                 /* It may have read zeroes from a hole. */
                 pattern_init(iov->iov_base, iov->iov_len);
             }
             pattern_mark(iov->iov_base, iov->iov_len, slot->offset + at);
-            at += iov->iov_len;
+        } else if (slot->verify) {
+            /* What the request leaves out must not look right. */
+            memset(iov->iov_base, 0xa5, iov->iov_len);
         }
+        at += iov->iov_len;
     }
 }
 
@@ -353,18 +375,13 @@ static void slot_send(BenchSlot *slot)
 
 static void slot_verify(BenchSlot *slot)
 {
-    BenchLoop *loop = slot->loop;
-
-    if (loop->reads++ % VERIFY_EVERY != 0) {
-        return;
-    }
     for (int i = 0, at = 0; i < opt.segments; i++) {
         struct iovec *iov = &slot->qiov.iov[i];
 
-        pattern_verify(iov->iov_base, iov->iov_len, slot->offset + at);
+        pattern_verify(iov->iov_base, iov->iov_len, slot->offset + at, false);
         at += iov->iov_len;
     }
-    loop->verified++;
+    slot->loop->verified++;
 }
 
 static void slot_cb(void *opaque, int ret)
@@ -372,17 +389,24 @@ static void slot_cb(void *opaque, int ret)
     BenchSlot *slot = opaque;
     BenchLoop *loop = slot->loop;
     int64_t end = now_ns();
-    bool counted = qatomic_load_acquire(&phase) == PHASE_RUN;
+    BenchPhase now = qatomic_load_acquire(&phase);
 
     if (ret < 0) {
         fail(EXIT_FAILURE, "%s at offset %" PRIu64 ": %s",
              kind_name[slot->kind], slot->offset, strerror(-ret));
     }
-    if (slot->kind == BENCH_READ) {
+    if (slot->verify) {
         slot_verify(slot);
+    } else if (slot->kind == BENCH_WRITE) {
+        loop->written[loop->nr_written++ % READ_BACK] = slot->offset;
     }
-    if (counted) {
+    /* Those that the end has found in flight may be the longest. */
+    if (now == PHASE_RUN ||
+        (now == PHASE_STOP && slot->start >= qatomic_read(&run_from) &&
+         slot->start < qatomic_read(&run_to))) {
         bench_hist_add(&loop->hist[slot->kind], end - slot->start);
+    }
+    if (now == PHASE_RUN) {
         if (!slot->storm && !slot->only_flush) {
             /* Read by usage_now() in the monitor; only this thread writes. */
             qatomic_set(&loop->completed, loop->completed + 1);
@@ -766,8 +790,10 @@ static BlockBackend *open_file(const char *file, const char *node)
     qdict_put_str(options, "file.aio", opt.aio);
     blk = blk_new_open(NULL, NULL, options, flags, &err);
     if (!blk) {
-        fail(access(file, R_OK) == 0 ? EXIT_REFUSED : EXIT_FAILURE, "%s",
-             error_get_pretty(err));
+        /* "aio=... was specified, but ..." */
+        fail(strstr(error_get_pretty(err), "aio=") ? EXIT_REFUSED
+                                                   : EXIT_FAILURE,
+             "%s", error_get_pretty(err));
     }
     blk_set_enable_write_cache(blk, !writethrough);
     return blk;
@@ -819,29 +845,19 @@ static void loop_init(BenchLoop *loop, int i, const char *file)
 /* Written data count when they can be read again. */
 static void loop_read_back(BenchLoop *loop)
 {
-    uint8_t *buf;
+    uint8_t *buf = blk_blockalign(loop->blk, opt.block_size);
 
-    if (opt.write_percent == 0) {
-        return;
-    }
-    buf = blk_blockalign(loop->blk, opt.block_size);
-    /* The same sequence once more: these are blocks that were written. */
-    loop->random = opt.seed * UINT64_C(1000003) + (loop - loops);
-    loop->reads = MIN(loop->started, READ_BACK);
-    for (loop->started = 0; loop->started < loop->reads; loop->started++) {
-        uint64_t offset;
+    for (int i = 0; i < MIN(loop->nr_written, READ_BACK); i++) {
+        uint64_t offset = loop->written[i];
         int ret;
 
-        if (opt.write_percent < 100) {
-            random_next(loop);
-        }
-        offset = next_block(loop) * opt.block_size;
+        memset(buf, 0xa5, opt.block_size);
         ret = blk_pread(loop->blk, offset, opt.block_size, buf, 0);
         if (ret < 0) {
             fail(EXIT_FAILURE, "read back at offset %" PRIu64 ": %s", offset,
                  strerror(-ret));
         }
-        pattern_verify(buf, opt.block_size, offset);
+        pattern_verify(buf, opt.block_size, offset, true);
         loop->verified++;
     }
     qemu_vfree(buf);
@@ -890,7 +906,6 @@ static void run(void)
 
     monitor.iothread = iothread_new();
     monitor_ctx = iothread_get_aio_context(monitor.iothread);
-    monitor.threads_before = count_threads();
     qatomic_set(&loops_running, opt.iothreads);
     aio_bh_schedule_oneshot(monitor_ctx, monitor_start_bh, NULL);
     while (!all_done) {
@@ -1173,6 +1188,8 @@ static char *parse_options(int argc, char **argv)
         opt.warmup = fixed ? 0 : 0.05;
     } else if (opt.warmup > 0 && fixed) {
         fail(EXIT_USAGE, "--warmup is for runs that --seconds ends");
+    } else if (!(opt.warmup <= 86400)) {
+        fail(EXIT_USAGE, "--warmup: from 0 to 86400");
     }
     return argv[1];
 }
@@ -1185,6 +1202,10 @@ int main(int argc, char **argv)
     qemu_init_main_loop(&error_fatal);
     module_call_init(MODULE_INIT_QOM);
     bdrv_init();
+    run_id = mix64(getpid() ^ mix64(g_get_real_time()));
+    /* Before the first request: that of making an image is one. */
+    monitor.threads_before = count_threads() + 1 +
+                             (opt.main_loop ? 0 : opt.iothreads);
 
     for (int i = 0; i < opt.iothreads; i++) {
         g_autofree char *own = loop_file(file, i);
