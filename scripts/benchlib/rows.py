@@ -163,8 +163,8 @@ def fio_command(program, row, subject, path, size, seconds):
     """The same work by fio. It may not lay out files, drop the page cache or start the file over by itself."""
     argv = [program, '--output-format=json', '--lat_percentiles=1', '--clat_percentiles=0',
             '--percentile_list=50:90:99:99.9', '--filename=' + path.replace('\\', '\\\\').replace(':', '\\:'),
-            f'--size={size}', f'--bs={row.block}', f'--direct={int(row.direct)}', f'--invalidate={int(row.cold)}', '--allow_file_create=0',
-            '--fallocate=none', '--fadvise_hint=0', '--randrepeat=1',
+            f'--size={size}', f'--bs={row.block}', f'--direct={int(row.direct)}',
+            f'--invalidate={int(row.cold)}', '--allow_file_create=0', '--fallocate=none', '--fadvise_hint=0', '--randrepeat=1',
             # Its buffer would stand just beside a page's beginning, and copies into that take up to six times as long.
             '--iomem_align=4096']
     if not row.once:
