@@ -57,8 +57,8 @@
 
 /*
  * A worker that finds no work looks for more before it sleeps, for up to twice
- * as long as waking it has taken lately, see paio_spin_locked().  That is 10 us
- * or so on bare metal, and 50 to 100 us in a virtual machine.
+ * as long as waking it has taken lately, see paio_spin_locked().  That differs
+ * by far between machines, and within these bounds it is measured: wake_ns.
  */
 #define PAIO_SPIN_MIN_NS (10 * SCALE_US)
 #define PAIO_SPIN_MAX_NS (200 * SCALE_US)
@@ -255,16 +255,22 @@ static int paio_to_wake_locked(PAIOPool *pool)
 }
 
 /*
- * Wake as many idle workers as there is work for, and no more.  For any thread:
- * with the lock held, a worker can't go and be freed before it is signalled.
+ * For any thread: with the lock held, a worker can't go and be freed before it
+ * is signalled.
  */
+static void paio_wake_one_locked(PAIOPool *pool)
+{
+    qemu_cond_signal(&paio_rouse_locked(pool)->cond);
+}
+
+/* Wake as many idle workers as there is work for, and no more. */
 static void paio_wake_locked(PAIOPool *pool)
 {
     for (int n = paio_to_wake_locked(pool); n > 0; n--) {
-        qemu_cond_signal(&paio_rouse_locked(pool)->cond);
+        paio_wake_one_locked(pool);
     }
     if (pool->nr_spinning && paio_runnable_locked(pool) > pool->nr_waking) {
-        /* Read by paio_spin_locked(). */
+        /* Read by paio_watch_arrivals(). */
         qatomic_inc(&pool->arrivals);
     }
 }
@@ -861,7 +867,7 @@ static void paio_hand_over(void *opaque)
         none = !pool->nr_workers;
         lacking = paio_short_of_workers_locked(pool) || pool->nr_waiting;
     }
-    /* Read by paio_spin_locked(), which then wants the lock. */
+    /* Read by paio_watch_arrivals(), whose caller then wants the lock. */
     qatomic_inc(&pool->arrivals);
     while (nr_woken) {
         paio_signal(woken, nr_woken);
@@ -1071,7 +1077,7 @@ void paio_pool_update_params(PAIOPool *pool)
         /* Those which are busy look for themselves when they are done. */
         for (int n = pool->nr_workers - pool->max_threads;
              n > 0 && pool->nr_idle; n--) {
-            qemu_cond_signal(&paio_rouse_locked(pool)->cond);
+            paio_wake_one_locked(pool);
         }
         manage = pool->nr_workers < pool->min_threads ||
                  paio_runnable_locked(pool) > 0;
@@ -1136,7 +1142,7 @@ void paio_pool_free(PAIOPool *pool)
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
         pool->stopping = true;
         while (pool->nr_idle) {
-            qemu_cond_signal(&paio_rouse_locked(pool)->cond);
+            paio_wake_one_locked(pool);
         }
     }
     while (!QLIST_EMPTY(&pool->workers)) {
