@@ -195,7 +195,7 @@ static uint64_t mix64(uint64_t x)
  * find what any earlier one has written, and knows its own.
  */
 
-/* Of this run; constant */
+/* Of this run; its preparation has another.  Constant once the loops run. */
 static uint64_t run_id;
 
 static uint64_t marker(uint64_t offset, uint64_t id)
@@ -1216,6 +1216,8 @@ int main(int argc, char **argv)
     if (opt.count == 0) {
         return 0;
     }
+    /* What was only prepared must not pass for what a request has written. */
+    run_id++;
     loops = g_new0(BenchLoop, opt.iothreads);
     for (int i = 0; i < opt.iothreads; i++) {
         loop_init(&loops[i], i, file);
