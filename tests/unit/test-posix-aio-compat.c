@@ -3526,6 +3526,18 @@ static void spin_begin(TestPool *tp, int n)
     }
 }
 
+/* A pool of @n idle workers that may spin.  Returns: false if that can't be */
+static bool spin_set_up(TestPool *tp, int n)
+{
+    if (!spin_possible()) {
+        return false;
+    }
+    poll_set(qemu_get_current_aio_context(), POLL_NS);
+    pool_init_idle(tp, n);
+    clock_stop();
+    return true;
+}
+
 static void spin_end(TestPool *tp)
 {
     clock_go();
@@ -3563,12 +3575,9 @@ static void test_spin_pays(void)
     TestPool tp;
     uint64_t spins, wake_ups;
 
-    if (!spin_possible()) {
+    if (!spin_set_up(&tp, 2)) {
         return;
     }
-    poll_set(qemu_get_current_aio_context(), POLL_NS);
-    pool_init_idle(&tp, 2);
-    clock_stop();
     spin_begin(&tp, 2);
     spins = pool_info(&tp).spins;
     wake_ups = pool_info(&tp).wake_ups;
@@ -3585,12 +3594,9 @@ static void test_spin_stops(void)
     TestPool tp;
     PAIOPoolInfo before;
 
-    if (!spin_possible()) {
+    if (!spin_set_up(&tp, 2)) {
         return;
     }
-    poll_set(qemu_get_current_aio_context(), POLL_NS);
-    pool_init_idle(&tp, 2);
-    clock_stop();
     for (int round = 0; round < 2; round++) {
         spin_begin(&tp, 2);
 
@@ -3632,12 +3638,9 @@ static void test_spin_one(void)
     TestPool tp;
     PAIOPoolInfo before;
 
-    if (!spin_possible()) {
+    if (!spin_set_up(&tp, 3)) {
         return;
     }
-    poll_set(qemu_get_current_aio_context(), POLL_NS);
-    pool_init_idle(&tp, 3);
-    clock_stop();
     spin_begin(&tp, 3);
     before = pool_info(&tp);
     for (int i = 1; i <= 50; i++) {
@@ -3738,13 +3741,10 @@ static void test_spin_surplus(void)
     TestReq *r;
     Gate gate;
 
-    if (!spin_possible()) {
+    if (!spin_set_up(&tp, 2)) {
         return;
     }
     gate_init(&gate);
-    poll_set(qemu_get_current_aio_context(), POLL_NS);
-    pool_init_idle(&tp, 2);
-    clock_stop();
     spin_begin(&tp, 2);
     /* The one that spins takes this, the other one spins after the next. */
     r = reqs_new_gated(&tp, 1, &gate, PAIO_NORMAL);
