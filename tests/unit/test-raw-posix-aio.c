@@ -124,6 +124,8 @@ static struct {
     int at_gate;        /* how many wait there */
     uint32_t chaos;     /* seed of random faults, or 0 for none */
     size_t chaos_unit;  /* random short transfers are a multiple of it */
+    bool chaos_misses;  /* random faults have RWF_NOWAIT only */
+    bool real_nowait;   /* else what has RWF_NOWAIT may wait all the same */
     int64_t submitted;  /* iocbs that the kernel has taken */
     unsigned iocbs[16][2];  /* [opcode][RWF_NOWAIT], offered to io_submit() */
 #ifdef CONFIG_LINUX_AIO
@@ -176,6 +178,8 @@ static void hooks_reset(void)
     hooks.nr_log = 0;
     hooks.gate = 0;
     hooks.chaos = 0;
+    hooks.chaos_misses = false;
+    hooks.real_nowait = false;
     hooks.submitted = 0;
 #ifdef CONFIG_LINUX_AIO
     hooks.refuse = (IocbRule) { 0 };
@@ -242,7 +246,11 @@ static uint32_t chaos_locked(uint32_t max)
 static long chaos_transfer_locked(size_t bytes, int flags)
 {
     size_t units = bytes / hooks.chaos_unit;
+    bool nowait = flags & RAW_AIO_RWF_NOWAIT;
 
+    if (hooks.chaos_misses && !nowait) {
+        return PASS;
+    }
     switch (chaos_locked(8)) {
     case 0:
         return -EINTR;
@@ -251,7 +259,11 @@ static long chaos_transfer_locked(size_t bytes, int flags)
         return units > 1 ? (1 + chaos_locked(units - 1)) * hooks.chaos_unit
                          : PASS;
     case 3:
-        return flags && !chaos_locked(4) ? -EOPNOTSUPP : PASS;
+        /* With RWF_NOWAIT this ends it, for as long as the descriptor lives. */
+        return flags && !hooks.chaos_misses && !chaos_locked(nowait ? 32 : 4)
+               ? -EOPNOTSUPP : PASS;
+    case 4:
+        return nowait ? -EAGAIN : PASS;
     default:
         return PASS;
     }
@@ -328,6 +340,9 @@ static ssize_t transfer(Call call, int fd, const struct iovec *iov, int niov,
     }
     if (ret == PASS && hooks.chaos) {
         ret = chaos_transfer_locked(iov_size(iov, niov), flags);
+    }
+    if (!hooks.real_nowait) {
+        flags &= ~RAW_AIO_RWF_NOWAIT;
     }
     pthread_mutex_unlock(&hooks.lock);
 
@@ -694,8 +709,10 @@ static void gate_wait(int n)
  */
 
 typedef enum Kind {
-    BUFFERED,
+    BUFFERED,           /* without the inline tier, which would do it all */
     BUFFERED_NATIVE,    /* aio=native, which does not apply */
+    INLINE,             /* all is in the page cache, unless a fault says no */
+    INLINE_NATIVE,
     DIRECT,
     NATIVE,             /* without RWF_NOWAIT: the kernel never refuses */
     NOWAIT,             /* as in real life: it may refuse at any time */
@@ -706,6 +723,8 @@ typedef struct Stats {
     uint64_t refused;
     uint64_t pool;
     uint64_t cut;
+    uint64_t in;
+    uint64_t in_refused;
 } Stats;
 
 typedef struct TestFile {
@@ -716,6 +735,11 @@ typedef struct TestFile {
     bool coroutine;     /* send requests in a coroutine */
     Stats last;
 } TestFile;
+
+static bool kind_inline(Kind kind)
+{
+    return RAW_AIO_HAVE_RWF && (kind == INLINE || kind == INLINE_NATIVE);
+}
 
 static bool kind_direct(Kind kind)
 {
@@ -760,10 +784,12 @@ static int reopen(TestFile *t, Kind kind)
     return fd;
 }
 
-/* Never the inline tier, which would make the others idle */
 static void disable(TestFile *t, unsigned bits)
 {
-    t->f.disabled = RAW_AIO_DISABLE_INLINE | bits;
+    t->f.disabled = bits;
+    if (!kind_inline(t->kind)) {
+        t->f.disabled |= RAW_AIO_DISABLE_INLINE;
+    }
     if (t->kind == NATIVE) {
         t->f.disabled |= RAW_AIO_DISABLE_NOWAIT;
     }
@@ -808,7 +834,8 @@ static bool file_open_in(TestFile *t, Kind kind, const char *dir)
         g_free(t->path);
         return false;
     }
-    raw_aio_open(&t->f, fd, kind_native(kind) || kind == BUFFERED_NATIVE, 0);
+    raw_aio_open(&t->f, fd, kind_native(kind) || kind == BUFFERED_NATIVE ||
+                 kind == INLINE_NATIVE, 0);
     disable(t, 0);
     return true;
 }
@@ -874,16 +901,22 @@ static Stats file_stats(TestFile *t)
         .refused = s->native_refused,
         .pool = s->pool_served,
         .cut = s->short_transfers,
+        .in = s->inline_served,
+        .in_refused = s->inline_refused,
     };
     Stats delta = {
         .native = now.native - t->last.native,
         .refused = now.refused - t->last.refused,
         .pool = now.pool - t->last.pool,
         .cut = now.cut - t->last.cut,
+        .in = now.in - t->last.in,
+        .in_refused = now.in_refused - t->last.in_refused,
     };
 
-    g_assert_cmpuint(s->inline_served, ==, 0);
-    g_assert_cmpuint(s->inline_refused, ==, 0);
+    if (!kind_inline(t->kind)) {
+        g_assert_cmpuint(now.in, ==, 0);
+        g_assert_cmpuint(now.in_refused, ==, 0);
+    }
     qapi_free_BlockStatsRawAio(s);
     t->last = now;
     return delta;
@@ -896,6 +929,17 @@ static Stats file_stats(TestFile *t)
         g_assert_cmpuint(delta_.refused, ==, (r));  \
         g_assert_cmpuint(delta_.pool, ==, (p));     \
         g_assert_cmpuint(delta_.cut, ==, (c));      \
+    } while (0)
+
+#define ASSERT_INLINE(t, i, r, p, c)                    \
+    do {                                                \
+        Stats delta_ = file_stats(t);                   \
+        g_assert_cmpuint(delta_.in, ==, (i));           \
+        g_assert_cmpuint(delta_.in_refused, ==, (r));   \
+        g_assert_cmpuint(delta_.pool, ==, (p));         \
+        g_assert_cmpuint(delta_.cut, ==, (c));          \
+        g_assert_cmpuint(delta_.native, ==, 0);         \
+        g_assert_cmpuint(delta_.refused, ==, 0);        \
     } while (0)
 
 /* The file holds what was written, whatever way a test reads it. */
@@ -981,6 +1025,9 @@ static void coroutine_fn req_co_entry(void *opaque)
 static void req_start(Req *r, TestFile *t, int type, int64_t offset,
                       BdrvRequestFlags flags)
 {
+    /* A coroutine need not yield, then. */
+    bool at_once = t->coroutine && kind_inline(t->kind);
+
     r->t = t;
     r->ctx = qemu_get_current_aio_context();
     r->type = type;
@@ -988,7 +1035,7 @@ static void req_start(Req *r, TestFile *t, int type, int64_t offset,
     r->flags = flags;
     r->done = 0;
 
-    in_engine++;
+    in_engine += !at_once;
     if (t->coroutine) {
         qemu_coroutine_enter(qemu_coroutine_create(req_co_entry, r));
     } else {
@@ -996,8 +1043,8 @@ static void req_start(Req *r, TestFile *t, int type, int64_t offset,
                                 type & QEMU_AIO_FLUSH ? NULL : &r->qiov, flags,
                                 req_done, r);
     }
-    in_engine--;
-    g_assert_cmpint(r->done, ==, 0);
+    in_engine -= !at_once;
+    g_assert(at_once || !r->done);
 }
 
 static void req_cancel(Req *r)
@@ -1016,24 +1063,32 @@ static int req_wait(Req *r)
 }
 
 /* One request, from beginning to end; the data has or gets @seed. */
+static int req_rw(Req *r, TestFile *t, int type, int64_t offset,
+                  BdrvRequestFlags flags, int seed)
+{
+    bool is_write = type & (QEMU_AIO_WRITE | QEMU_AIO_ZONE_APPEND);
+    size_t len = r->qiov.size;
+    int ret;
+
+    if (is_write) {
+        fill(r->buf, offset, len, seed);
+    }
+    req_start(r, t, type, offset, flags);
+    ret = req_wait(r);
+    if (!ret && !is_write) {
+        check(r->buf, offset, len, seed);
+    }
+    req_destroy(r);
+    return ret;
+}
+
 static int file_rw(TestFile *t, int type, int64_t offset, size_t len, int niov,
                    BdrvRequestFlags flags, int seed)
 {
-    bool is_write = type & (QEMU_AIO_WRITE | QEMU_AIO_ZONE_APPEND);
     Req r;
-    int ret;
 
     req_init(&r, len, niov, type & QEMU_AIO_MISALIGNED);
-    if (is_write) {
-        fill(r.buf, offset, len, seed);
-    }
-    req_start(&r, t, type, offset, flags);
-    ret = req_wait(&r);
-    if (!ret && !is_write) {
-        check(r.buf, offset, len, seed);
-    }
-    req_destroy(&r);
-    return ret;
+    return req_rw(&r, t, type, offset, flags, seed);
 }
 
 static int file_write(TestFile *t, int64_t offset, size_t len, int niov,
@@ -2864,15 +2919,17 @@ typedef struct Nested {
 
 static Nested *nested;
 
-/* Each completion waits for the next request. */
+/* Each completion waits for the next request, and for the one before. */
 static void nested_hook(Req *r)
 {
-    Req *next = r + 1;
-
     nested->max_depth = MAX(nested->max_depth, ++nested->depth);
-    if (next < nested->r + NESTED) {
-        while (!next->done) {
-            aio_poll(r->ctx, true);
+    for (int i = 1; i >= -1; i -= 2) {
+        Req *other = r + i;
+
+        if (other >= nested->r && other < nested->r + NESTED) {
+            while (!other->done) {
+                aio_poll(r->ctx, true);
+            }
         }
     }
     nested->depth--;
@@ -2903,6 +2960,7 @@ static void wait_all_done(TestFile *t, int64_t submitted_before)
 
 static void nested_run(Kind kind, bool wait, bool cancel)
 {
+    bool inl = kind_inline(kind);
     Nested n = { 0 };
     int64_t before;
 
@@ -2911,10 +2969,20 @@ static void nested_run(Kind kind, bool wait, bool cancel)
     }
     nested = &n;
     /* So that there is a worker, which takes an event loop to create */
-    disable(&n.t, RAW_AIO_DISABLE_NATIVE);
+    disable(&n.t, RAW_AIO_DISABLE_NATIVE | RAW_AIO_DISABLE_INLINE);
     g_assert_cmpint(file_read(&n.t, 0, BLK, 1, 0), ==, 0);
     disable(&n.t, 0);
     before = hooks.submitted;
+    if (inl) {
+        hooks_reset();
+    }
+    if (inl && wait) {
+        /* Some of them are served at once, others by the pool. */
+        for (int i = 0; i < 4; i++) {
+            fault(CALL_PREADV2, 2, PASS);
+            fault(CALL_PREADV2, 3, -EAGAIN);
+        }
+    }
 
     defer_call_begin();
     for (int i = 0; i < NESTED; i++) {
@@ -2932,13 +3000,19 @@ static void nested_run(Kind kind, bool wait, bool cancel)
         wait_all_done(&n.t, before);
     }
     for (int i = 0; i < NESTED; i++) {
-        g_assert_cmpint(req_wait(&n.r[i]), ==, cancel ? -ECANCELED : 0);
-        if (!cancel) {
+        int ret = req_wait(&n.r[i]);
+
+        if (inl && wait && cancel) {
+            g_assert(ret == 0 || ret == -ECANCELED);
+        } else {
+            g_assert_cmpint(ret, ==, cancel && !inl ? -ECANCELED : 0);
+        }
+        if (!ret) {
             check(n.r[i].buf, i * BLK, BLK, 0);
         }
     }
     g_assert_cmpint(n.depth, ==, 0);
-    if (cancel || (wait && kind == NATIVE)) {
+    if (cancel || (wait && kind == NATIVE) || (inl && !wait)) {
         /* They were there when the first was called, so it waited for all. */
         g_assert_cmpint(n.max_depth, >, 1);
     }
@@ -3168,6 +3242,10 @@ static void deep_run(Kind kind, int at_once)
         g_assert_cmpuint(calls(CALL_IO_SUBMIT), <=, DEPTH);
         g_assert_cmpuint(s->ring_size, >, 0);
         g_assert_cmpuint(d.max_in_kernel, <=, s->ring_size);
+    } else if (kind_inline(kind)) {
+        g_assert_cmpuint(s->inline_served, >, 0);
+        g_assert_cmpuint(s->inline_served + s->pool_served, ==, DEPTH);
+        g_assert_cmpuint(s->ring_size, ==, 0);
     } else {
         g_assert_cmpuint(s->pool_served, ==, DEPTH);
         g_assert_cmpuint(s->ring_size, ==, 0);
@@ -3274,6 +3352,1065 @@ static void test_bounded(int kind)
         req_destroy(&c.r[i]);
     }
 }
+
+#if RAW_AIO_HAVE_RWF
+/*
+ * The inline tier.  What has RWF_NOWAIT is done as if it had not, see
+ * hooks.real_nowait: so each miss is one that the test wants.
+ */
+
+/* What the event loop does itself: of one request, and in one turn */
+#define INLINE_MAX (64 * KiB)
+#define INLINE_TURN (256 * KiB)
+/* How many of BLK bytes that makes */
+#define INLINE_BLKS (INLINE_TURN / BLK)
+
+/* Both directions, and what they are made of */
+static const struct Dir {
+    int type;
+    Call nowait;    /* inline */
+    Call one;       /* in the pool: one element */
+    Call vec;       /* and several */
+    Call any;
+} dirs[] = {
+    { QEMU_AIO_READ, CALL_PREADV2, CALL_PREAD, CALL_PREADV, CALL_ANY_READ },
+    { QEMU_AIO_WRITE, CALL_PWRITEV2, CALL_PWRITE, CALL_PWRITEV,
+      CALL_ANY_WRITE },
+};
+
+static unsigned inline_calls(void)
+{
+    return calls(CALL_PREADV2) + calls(CALL_PWRITEV2);
+}
+
+/* A request with elements of these sizes */
+static void req_init_parts(Req *r, const size_t *parts, int n)
+{
+    size_t len = 0;
+
+    for (int i = 0; i < n; i++) {
+        len += parts[i];
+    }
+    *r = (Req) { .mem = qemu_memalign(BLK, len + BLK) };
+    r->buf = r->mem + 1;
+    memset(r->buf, 0xaa, len);
+    qemu_iovec_init(&r->qiov, n);
+    len = 0;
+    for (int i = 0; i < n; i++) {
+        qemu_iovec_add(&r->qiov, r->buf + len, parts[i]);
+        len += parts[i];
+    }
+}
+
+/* Nothing is known about the file; whatever the loop may do, it may do now. */
+static void inline_renew(TestFile *t)
+{
+    settle();
+    raw_aio_set_fd(&t->f, reopen(t, t->kind));
+    hooks_reset();
+}
+
+static void test_inline_hit(int kind)
+{
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        const struct Dir *dir = &dirs[!(i & 1)];
+        int niov = i & 2 ? 4 : 1;
+        size_t len = i & 8 ? INLINE_MAX : 1000;
+
+        settle();
+        hooks_reset();
+        t.coroutine = i & 4;
+        g_assert_cmpint(file_rw(&t, dir->type, 100, len, niov, 0, i | 1), ==,
+                        0);
+        check_file(&t, 0, 100, 0);
+        check_file(&t, 100, len, i | 1);
+        g_assert_cmpuint(calls(dir->nowait), ==, 1);
+        g_assert_cmpint(hooks.nr_log, ==, 1);
+        g_assert_cmpint(hooks.log[0].flags, ==, RAW_AIO_RWF_NOWAIT);
+        g_assert_cmpint(hooks.log[0].offset, ==, 100);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+    }
+    check_file(&t, 100 + INLINE_MAX, FILE_SIZE - 100 - INLINE_MAX, 0);
+
+    /* A coroutine does not yield; a callback comes from the event loop. */
+    for (int i = 0; i < 2; i++) {
+        Req r;
+
+        t.coroutine = i;
+        req_init(&r, BLK, 1, true);
+        req_start(&r, &t, QEMU_AIO_READ, 0, 0);
+        g_assert_cmpint(r.done, ==, i);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+        g_assert_cmpint(req_wait(&r), ==, 0);
+        settle();
+        g_assert_cmpint(r.done, ==, 1);
+        ASSERT_INLINE(&t, 0, 0, 0, 0);
+        req_destroy(&r);
+    }
+    file_close(&t);
+}
+
+/* What this kernel says about the first block of this file */
+static int inline_probe(TestFile *t, const struct Dir *dir)
+{
+    g_autofree uint8_t *buf = g_malloc(BLK);
+    struct iovec iov = { buf, BLK };
+    ssize_t len;
+
+    fill(buf, 0, BLK, 0);
+    len = real_transfer(dir->nowait, file_fd(t), &iov, 1, 0,
+                        RAW_AIO_RWF_NOWAIT);
+    return len < 0 ? -errno : len == BLK ? 0 : -EAGAIN;
+}
+
+/* As in real life: the kernel may refuse at any time. */
+static void test_inline_real(int unused)
+{
+    uint64_t served[2] = { 0 };
+    int able[2];
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    for (int i = 0; i < 2; i++) {
+        able[i] = inline_probe(&t, &dirs[i]);
+    }
+    for (int i = 0; i < 4 * FILE_BLKS; i++) {
+        const struct Dir *dir = &dirs[!(i & 1)];
+        Stats s;
+
+        hooks_reset();
+        hooks.real_nowait = true;
+        t.coroutine = i & 2;
+        g_assert_cmpint(file_rw(&t, dir->type, i / 4 * BLK, BLK,
+                                i & 4 ? 4 : 1, 0, i | 1), ==, 0);
+        check_file(&t, i / 4 * BLK, BLK, i | 1);
+        s = file_stats(&t);
+        g_assert_cmpuint(s.in + s.pool, ==, 1);
+        g_assert_cmpuint(s.in + s.in_refused, ==, calls(dir->nowait));
+        g_assert_cmpuint(s.pool, <=, calls(dir->one) + calls(dir->vec));
+        if (s.in) {
+            g_assert_cmpint(hooks.nr_log, ==, 1);
+        }
+        served[!(i & 1)] += s.in;
+    }
+    g_test_message("probe: %d, %d; served inline: %" PRIu64 " reads, %" PRIu64
+                   " writes", able[0], able[1], served[0], served[1]);
+    for (int i = 0; i < 2; i++) {
+        if (!able[i]) {
+            g_assert_cmpuint(served[i], >, 0);
+        }
+    }
+    if (able[0]) {
+        g_autofree char *msg = g_strdup_printf("no RWF_NOWAIT in %s: %s",
+                                               g_get_tmp_dir(),
+                                               strerror(-able[0]));
+        g_test_skip(msg);
+    }
+    file_close(&t);
+}
+
+/* Whatever it is: the pool does it without the flag, and that is the answer. */
+static void test_inline_errors(int unused)
+{
+    static const int errors[] = {
+        EAGAIN, EINVAL, EOPNOTSUPP, ENOSYS, EIO, EINTR, ENOMEM, EFAULT, ENOSPC
+    };
+    const size_t len = 4000;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    for (int i = 0; i < 8 * ARRAY_SIZE(errors); i++) {
+        const struct Dir *dir = &dirs[i & 1], *other = &dirs[!(i & 1)];
+        int niov = i & 2 ? 4 : 1;
+        Call pool = niov == 1 ? dir->one : dir->vec;
+        int err = errors[i / 8];
+        bool learns = err == EINVAL || err == EOPNOTSUPP || err == ENOSYS;
+        int seed = i & 1 ? i : 0;
+
+        t.coroutine = i & 4;
+        inline_renew(&t);
+        fault(dir->nowait, ALWAYS, -err);
+
+        /* The pool can't do it either: that says nothing about the flag. */
+        fault(pool, 1, -EDQUOT);
+        g_assert_cmpint(file_rw(&t, dir->type, 100, len, niov, 0, seed), ==,
+                        -EDQUOT);
+        check_file(&t, 0, 2 * BLK, 0);
+        g_assert_cmpuint(calls(dir->nowait), ==, 1);
+        g_assert_cmpuint(calls(pool), ==, 1);
+        ASSERT_INLINE(&t, 0, 1, 1, 0);
+
+        /* So the flag is tried again, and now the pool can do it. */
+        g_assert_cmpint(file_rw(&t, dir->type, 100, len, niov, 0, seed), ==,
+                        0);
+        check_file(&t, 100, len, seed);
+        g_assert_cmpuint(calls(dir->nowait), ==, 2);
+        g_assert_cmpuint(calls(pool), ==, 2);
+        g_assert_cmpint(hooks.nr_log, ==, 4);
+        for (int j = 0; j < 4; j++) {
+            g_assert_cmpint(hooks.log[j].call, ==, j & 1 ? pool : dir->nowait);
+            g_assert_cmpint(hooks.log[j].flags, ==,
+                            j & 1 ? 0 : RAW_AIO_RWF_NOWAIT);
+            g_assert_cmpint(hooks.log[j].offset, ==, 100);
+        }
+        ASSERT_INLINE(&t, 0, 1, 1, 0);
+
+        g_assert_cmpint(file_rw(&t, dir->type, 100, len, niov, 0, 0), ==, 0);
+        check_file(&t, 0, 2 * BLK, 0);
+        g_assert_cmpuint(calls(dir->nowait), ==, learns ? 2 : 3);
+        g_assert_cmpuint(calls(pool), ==, 3);
+        ASSERT_INLINE(&t, 0, !learns, 1, 0);
+
+        /* The other direction has it still. */
+        g_assert_cmpint(file_rw(&t, other->type, 100, len, niov, 0, 0), ==, 0);
+        g_assert_cmpuint(calls(other->nowait), ==, 1);
+        g_assert_cmpuint(calls(other->any), ==, 1);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+
+        /* It is forgotten with the descriptor. */
+        inline_renew(&t);
+        g_assert_cmpint(file_rw(&t, dir->type, 100, len, niov, 0, 0), ==, 0);
+        g_assert_cmpuint(calls(dir->nowait), ==, 1);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+    }
+    file_close(&t);
+}
+
+/* The rest is the pool's. */
+static void test_inline_short(int unused)
+{
+    static const size_t parts[] = { 1, 513, 0, 2047, 5000, 0, 631 };
+    static const size_t cuts[] = { 0, 1, 511, 514, 515, 4096, 7562, 8191 };
+    const size_t len = 8192;
+    const int64_t offset = 100;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    for (int i = 0; i < 16 * ARRAY_SIZE(cuts); i++) {
+        const struct Dir *dir = &dirs[i & 1];
+        size_t cut = cuts[i / 16];
+        bool twice = (i & 2) && len - cut > 1;
+        int seed = i & 1 ? i : 0;
+        Req r;
+
+        t.coroutine = i & 4;
+        inline_renew(&t);
+        if (i & 8) {
+            req_init_parts(&r, parts, ARRAY_SIZE(parts));
+        } else {
+            req_init_parts(&r, &len, 1);
+        }
+        g_assert_cmpuint(r.qiov.size, ==, len);
+
+        fault(dir->nowait, 1, cut);
+        if (twice) {
+            fault(dir->any, 1, 1);
+        }
+        g_assert_cmpint(req_rw(&r, &t, dir->type, offset, 0, seed), ==, 0);
+        check_file(&t, 0, offset, 0);
+        check_file(&t, offset, len, seed);
+        check_file(&t, offset + len, BLK, 0);
+
+        g_assert_cmpint(hooks.nr_log, ==, twice ? 3 : 2);
+        g_assert_cmpint(hooks.log[0].call, ==, dir->nowait);
+        g_assert_cmpint(hooks.log[0].offset, ==, offset);
+        for (int j = 1; j < hooks.nr_log; j++) {
+            g_assert_cmpint(hooks.log[j].flags, ==, 0);
+            g_assert_cmpint(hooks.log[j].offset, ==, offset + cut + j - 1);
+        }
+        ASSERT_INLINE(&t, 0, 1, 1, 1 + twice);
+
+        /* Nothing was learnt from that. */
+        hooks_reset();
+        g_assert_cmpint(file_rw(&t, dir->type, offset, len, 1, 0, seed), ==,
+                        0);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+        g_assert_cmpint(file_write(&t, offset, len, 1, 0, 0), ==, 0);
+        file_stats(&t);
+    }
+
+    /* No room for the rest: the error comes once, and the next is new. */
+    for (int i = 0; i < 8; i++) {
+        t.coroutine = i & 1;
+        inline_renew(&t);
+        fault(CALL_PWRITEV2, 1, i & 2 ? 1000 : 0);
+        fault(CALL_ANY_WRITE, 1, i & 4 ? -ENOSPC : 0);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 1), ==, -ENOSPC);
+        check_file(&t, 0, 1000, i & 2 ? 1 : 0);
+        check_file(&t, 1000, BLK, 0);
+        g_assert_cmpuint(calls(CALL_PWRITE), ==, 1);
+        ASSERT_INLINE(&t, 0, 1, 1, 1);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, 0);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+        check_file(&t, 0, BLK, 0);
+    }
+    file_close(&t);
+}
+
+/* At the end of the file the pool has the word as well. */
+static void test_inline_eof(int unused)
+{
+    static const size_t parts[] = { 1, 0, 4095, 5000, 7 };
+    const int64_t size = 3 * BLK + 1000;
+    const int64_t offsets[] = { 2 * BLK, size - 1, size, size + 1, 40 * BLK };
+    const size_t len = 9103;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    file_fill(&t, size);
+    for (int i = 0; i < 20; i++) {
+        int64_t offset = offsets[i / 4];
+        size_t in_file = MAX(size - offset, 0);
+        Req r;
+
+        t.coroutine = i & 1;
+        inline_renew(&t);
+        if (i & 2) {
+            req_init_parts(&r, parts, ARRAY_SIZE(parts));
+        } else {
+            req_init_parts(&r, &len, 1);
+        }
+        req_start(&r, &t, QEMU_AIO_READ, offset, 0);
+        g_assert_cmpint(req_wait(&r), ==, 0);
+        check(r.buf, offset, in_file, 0);
+        g_assert(buffer_is_zero(r.buf + in_file, len - in_file));
+        g_assert_cmpint(hooks.nr_log, ==, 2);
+        g_assert_cmpint(hooks.log[1].offset, ==, offset + in_file);
+        ASSERT_INLINE(&t, 0, 1, 1, 1);
+        req_destroy(&r);
+    }
+
+    /* Up to the end it is a hit, and a write may move the end. */
+    inline_renew(&t);
+    g_assert_cmpint(file_read(&t, size - 1000, 1000, 1, 0), ==, 0);
+    g_assert_cmpint(file_write(&t, size - 10, 1000, 1, 0, 0), ==, 0);
+    g_assert_cmpint(file_read(&t, size - 1000, 1990, 1, 0), ==, 0);
+    ASSERT_INLINE(&t, 3, 0, 0, 0);
+    file_close(&t);
+}
+
+/* A request that is not for the event loop, whatever the page cache holds */
+static void inline_never(TestFile *t, int type, size_t len, int niov,
+                         BdrvRequestFlags flags)
+{
+    for (int i = 0; i < 2; i++) {
+        t->coroutine = i;
+        settle();
+        hooks_reset();
+        fault(CALL_FDATASYNC, ALWAYS, 0);
+        if (type & QEMU_AIO_FLUSH) {
+            g_assert_cmpint(file_flush(t), ==, 0);
+        } else {
+            g_assert_cmpint(file_rw(t, type, 0, len, niov, flags, 0), ==, 0);
+        }
+        g_assert_cmpuint(inline_calls(), ==, 0);
+        ASSERT_INLINE(t, 0, 0, 1, 0);
+    }
+}
+
+static void test_inline_never(int unused)
+{
+    static const unsigned bits[] = {
+        RAW_AIO_DISABLE_INLINE, RAW_AIO_DISABLE_NOWAIT, RAW_AIO_DISABLE_PREADV
+    };
+    TestFile t;
+    int fd;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    inline_never(&t, QEMU_AIO_FLUSH, 0, 0, 0);
+    inline_never(&t, QEMU_AIO_WRITE, BLK, 1, BDRV_REQ_FUA);
+    inline_never(&t, QEMU_AIO_WRITE, BLK, 4, BDRV_REQ_FUA);
+    inline_never(&t, QEMU_AIO_ZONE_APPEND | RAW_AIO_ZONED, BLK, 4, 0);
+    for (int i = 0; i < 2; i++) {
+        int type = dirs[i].type;
+
+        inline_never(&t, type, INLINE_MAX + 1, 1, 0);
+        inline_never(&t, type, INLINE_MAX + 1, 4, 0);
+        inline_never(&t, type, 2 * INLINE_MAX, 4, 0);
+        inline_never(&t, type | RAW_AIO_ZONED, BLK, 4, 0);
+        inline_never(&t, type | QEMU_AIO_MISALIGNED, BLK, 1, 0);
+        for (int j = 0; j < ARRAY_SIZE(bits); j++) {
+            disable(&t, bits[j]);
+            inline_never(&t, type, BLK, 1, 0);
+        }
+
+        /* These don't matter. */
+        disable(&t, RAW_AIO_DISABLE_NATIVE);
+        g_assert_cmpint(file_rw(&t, type, 0, BLK, 1, 0, 0), ==, 0);
+        disable(&t, 0);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+    }
+    g_assert_cmpint(file_rw(&t, QEMU_AIO_READ, 0, BLK, 1, BDRV_REQ_FUA, 0), ==,
+                    0);
+    ASSERT_INLINE(&t, 1, 0, 0, 0);
+
+    /* Nothing to transfer: no call at all */
+    for (int i = 0; i < 8; i++) {
+        static const size_t empty[] = { 0, 0 };
+        Req r;
+
+        t.coroutine = i & 1;
+        hooks_reset();
+        req_init_parts(&r, empty, i / 4 * 2);
+        g_assert_cmpint(req_rw(&r, &t, dirs[i / 2 & 1].type, BLK, 0, 0), ==,
+                        0);
+        g_assert_cmpint(hooks.nr_log, ==, 0);
+        ASSERT_INLINE(&t, 0, 0, 1, 0);
+    }
+
+    /* O_DIRECT, and back */
+    fd = reopen(&t, DIRECT);
+    if (fd >= 0) {
+        raw_aio_set_fd(&t.f, fd);
+        inline_never(&t, QEMU_AIO_READ, BLK, 1, 0);
+        inline_never(&t, QEMU_AIO_WRITE, BLK, 1, 0);
+        inline_never(&t, QEMU_AIO_READ | QEMU_AIO_MISALIGNED, BLK, 1, 0);
+        raw_aio_set_fd(&t.f, reopen(&t, INLINE));
+    }
+    hooks_reset();
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    ASSERT_INLINE(&t, 1, 0, 0, 0);
+    file_close(&t);
+
+    if (fd >= 0 && native_available() && file_open(&t, NOWAIT)) {
+        t.f.disabled = 0;
+        hooks_reset();
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, 0);
+        g_assert_cmpuint(inline_calls(), ==, 0);
+        file_stats(&t);
+        file_close(&t);
+    }
+}
+
+/* So much in one turn of the event loop; of several files together */
+static void inline_budget_in(void *opaque)
+{
+    static const struct {
+        size_t len;
+        int fit;
+    } sizes[] = {
+        { INLINE_MAX, 4 },
+        { 5000, INLINE_TURN / 5000 },
+        { BLK, INLINE_BLKS },
+        { 1, INLINE_BLKS },     /* not for nothing */
+    };
+    TestFile *t = opaque;
+
+    for (int i = 0; i < 4 * ARRAY_SIZE(sizes); i++) {
+        const struct Dir *dir = &dirs[i & 1];
+        size_t len = sizes[i / 4].len;
+        int fit = sizes[i / 4].fit, nr = fit + 5;
+        g_autofree Req *r = g_new(Req, nr);
+        unsigned served[2] = { 0 };
+
+        hooks_reset();
+        for (int j = 0; j < nr; j++) {
+            TestFile *file = &t[j & 1];
+
+            file->coroutine = i & 2;
+            req_init(&r[j], len, 1, false);
+            if (i & 1) {
+                fill(r[j].buf, j * 50, len, 0);
+            }
+            req_start(&r[j], file, dir->type, j * 50, 0);
+            g_assert_cmpuint(calls(dir->nowait), ==, MIN(j + 1, fit));
+            g_assert_cmpint(r[j].done, ==, file->coroutine && j < fit);
+            served[j & 1] += j < fit;
+        }
+        for (int j = 0; j < nr; j++) {
+            g_assert_cmpint(req_wait(&r[j]), ==, 0);
+            check(r[j].buf, j * 50, len, 0);
+            req_destroy(&r[j]);
+        }
+        g_assert_cmpuint(calls(dir->nowait), ==, fit);
+        for (int j = 0; j < 2; j++) {
+            ASSERT_INLINE(&t[j], served[j], 0, (nr + !j) / 2 - served[j], 0);
+        }
+        /* The next turn, and all is as before. */
+        settle();
+    }
+}
+
+static void test_inline_budget(int unused)
+{
+    TestFile t[2];
+
+    for (int i = 0; i < 2; i++) {
+        if (!file_open(&t[i], INLINE)) {
+            return;
+        }
+    }
+    /* Each AioContext has its own. */
+    for (int i = 0; i < 2; i++) {
+        IOThread *iothread = iothread_new();
+
+        run_in(iothread, inline_budget_in, t);
+        iothread_join(iothread);
+    }
+    for (int i = 0; i < 2; i++) {
+        check_file(&t[i], 0, FILE_SIZE, 0);
+        file_close(&t[i]);
+    }
+}
+
+/*
+ * Chains of hits, each sent when the one before has completed: the event loop
+ * gets its turns.
+ */
+
+typedef enum Chain {
+    CHAIN_CALLBACK,     /* several, in the callback form */
+    CHAIN_LOOP,         /* in one coroutine */
+    CHAIN_CREATE,       /* each in a coroutine that the one before creates */
+    CHAIN_TOKEN,        /* in coroutines that wake each other, see below */
+} Chain;
+
+/* Added to the above: the main loop as in QEMU, instead of aio_poll() */
+#define CHAIN_MAIN_LOOP 0x100
+
+#define TURNS_REQUESTS 5000
+/*
+ * Between two runs of a bottom half the one that counts the turns can run
+ * twice, once after the first of them and once before the second.
+ */
+#define TURNS_MAX (3 * INLINE_BLKS)
+#define TURNS_TOKEN 4
+
+typedef struct Turns {
+    TestFile t;
+    QEMUIOVector qiov;
+    QEMUBH *bh;
+    QEMUTimer *timer;
+    uint64_t at_bh;     /* how many were served inline when it ran */
+    uint64_t at_timer;
+    int to_send;
+    int done;
+    int depth;          /* of coroutines */
+    Coroutine *token[TURNS_TOKEN];
+    int running;
+} Turns;
+
+static Turns *turns;
+
+static uint64_t turns_served(void)
+{
+    return stat64_get(&turns->t.f.stats[RAW_AIO_INLINE_SERVED]);
+}
+
+static void turns_bh(void *opaque)
+{
+    turns->at_bh = turns_served();
+    qemu_bh_schedule(turns->bh);
+}
+
+static void turns_timer(void *opaque)
+{
+    turns->at_timer = turns_served();
+    timer_mod(turns->timer, qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + 1);
+}
+
+static void turns_done(int ret)
+{
+    g_assert_cmpint(ret, ==, 0);
+    g_assert_cmpint(in_engine, ==, 0);
+    turns->done++;
+    g_assert_cmpuint(turns_served() - turns->at_bh, <=, TURNS_MAX);
+    g_assert_cmpuint(turns_served() - turns->at_timer, <=, TURNS_MAX);
+}
+
+static int64_t turns_offset(void)
+{
+    return --turns->to_send % FILE_BLKS * BLK;
+}
+
+static void turns_submit(void);
+
+static void turns_cb(void *opaque, int ret)
+{
+    turns_done(ret);
+    if (turns->to_send) {
+        turns_submit();
+    }
+}
+
+static void turns_submit(void)
+{
+    in_engine++;
+    raw_aio_submit(&turns->t.f, QEMU_AIO_READ, turns_offset(), &turns->qiov, 0,
+                   turns_cb, NULL);
+    in_engine--;
+}
+
+static void coroutine_fn turns_co_read(void)
+{
+    turns_done(raw_aio_co_rw(&turns->t.f, QEMU_AIO_READ, turns_offset(),
+                             &turns->qiov, 0));
+}
+
+static void coroutine_fn turns_loop_entry(void *opaque)
+{
+    while (turns->to_send) {
+        turns_co_read();
+    }
+}
+
+static void coroutine_fn turns_create_entry(void *opaque)
+{
+    turns_co_read();
+    if (turns->to_send) {
+        /* Returns when the other has to wait. */
+        turns->depth++;
+        g_assert_cmpint(turns->depth, <=, INLINE_BLKS + 1);
+        qemu_coroutine_enter(qemu_coroutine_create(turns_create_entry, NULL));
+        turns->depth--;
+    }
+}
+
+/*
+ * One that is woken by a coroutine runs when that yields, which need not return
+ * to the event loop: qemu_aio_coroutine_enter() goes on with those that were
+ * woken as long as there are any.
+ */
+static void coroutine_fn turns_token_entry(void *opaque)
+{
+    int i = turns->running++;
+
+    turns->token[i] = qemu_coroutine_self();
+    do {
+        qemu_coroutine_yield();
+        if (turns->to_send) {
+            turns_co_read();
+        } else {
+            turns->token[i] = NULL;
+            turns->running--;
+        }
+        if (turns->running) {
+            aio_co_wake(turns->token[(i + 1) % TURNS_TOKEN]);
+        }
+    } while (turns->token[i]);
+}
+
+static void test_inline_turns(int arg)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    g_autofree uint8_t *buf = g_malloc(BLK);
+    Turns n = { .to_send = TURNS_REQUESTS };
+    Stats s;
+
+    if (!file_open(&n.t, INLINE)) {
+        return;
+    }
+    turns = &n;
+    qemu_iovec_init_buf(&n.qiov, buf, BLK);
+    n.bh = aio_bh_new(ctx, turns_bh, NULL);
+    turns_bh(NULL);
+    n.timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_NS, turns_timer,
+                            NULL);
+    turns_timer(NULL);
+
+    switch (arg & ~CHAIN_MAIN_LOOP) {
+    case CHAIN_CALLBACK:
+        for (int i = 0; i < CHAINS; i++) {
+            turns_submit();
+        }
+        break;
+    case CHAIN_LOOP:
+        qemu_coroutine_enter(qemu_coroutine_create(turns_loop_entry, NULL));
+        break;
+    case CHAIN_CREATE:
+        qemu_coroutine_enter(qemu_coroutine_create(turns_create_entry, NULL));
+        break;
+    case CHAIN_TOKEN:
+        for (int i = 0; i < TURNS_TOKEN; i++) {
+            qemu_coroutine_enter(qemu_coroutine_create(turns_token_entry,
+                                                       NULL));
+        }
+        aio_co_wake(n.token[0]);
+        break;
+    }
+    while (n.done < TURNS_REQUESTS || n.running) {
+        if (arg & CHAIN_MAIN_LOOP) {
+            main_loop_wait(false);
+        } else {
+            aio_poll(ctx, true);
+        }
+    }
+    g_assert_cmpint(n.depth, ==, 0);
+    g_assert_cmpint(n.done, ==, TURNS_REQUESTS);
+
+    /* After each turn it goes on inline. */
+    s = file_stats(&n.t);
+    g_assert_cmpuint(s.in + s.pool, ==, TURNS_REQUESTS);
+    g_assert_cmpuint(s.in_refused, ==, 0);
+    g_assert_cmpuint(s.pool, <=, TURNS_REQUESTS / 16);
+    qemu_bh_delete(n.bh);
+    timer_free(n.timer);
+    file_close(&n.t);
+}
+
+/* A file that is not in the page cache is asked less often. */
+static void test_inline_adapt(int dir_index)
+{
+    const struct Dir *dir = &dirs[dir_index], *other = &dirs[!dir_index];
+    TestFile t;
+    Stats s;
+    int n;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+
+    /* Not because of a few, time and again */
+    for (int i = 0; i < 20; i++) {
+        hooks_reset();
+        t.coroutine = i & 1;
+        fault(dir->nowait, 3, -EAGAIN);
+        for (int j = 0; j < 4; j++) {
+            g_assert_cmpint(file_rw(&t, dir->type, j * BLK, BLK, 1, 0, 0), ==,
+                            0);
+        }
+        ASSERT_INLINE(&t, 1, 3, 3, 0);
+    }
+
+    for (int round = 0; round < 2; round++) {
+        t.coroutine = round;
+
+        /* After a while, once in 64 requests or so */
+        hooks_reset();
+        fault(dir->nowait, ALWAYS, -EAGAIN);
+        for (int i = 0; i < 200; i++) {
+            g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+        }
+        g_assert_cmpuint(calls(dir->nowait), <, 20);
+        s = file_stats(&t);
+        g_assert_cmpuint(s.in_refused, ==, calls(dir->nowait));
+        g_assert_cmpuint(s.pool, ==, 200);
+
+        hooks_reset();
+        fault(dir->nowait, ALWAYS, -EAGAIN);
+        for (int i = 0; i < 20 * 64; i++) {
+            g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+        }
+        g_assert_cmpuint(calls(dir->nowait), <=, 20);
+        g_assert_cmpuint(calls(dir->nowait), >=, 10);
+        s = file_stats(&t);
+        g_assert_cmpuint(s.in_refused, ==, calls(dir->nowait));
+
+        /* The other direction is another matter. */
+        for (int i = 0; i < 10; i++) {
+            g_assert_cmpint(file_rw(&t, other->type, 0, BLK, 1, 0, 0), ==, 0);
+            settle();
+        }
+        ASSERT_INLINE(&t, 10, 0, 0, 0);
+
+        /* It warms up, which is found at the next attempt. */
+        hooks_reset();
+        n = 0;
+        do {
+            g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+            g_assert_cmpint(++n, <=, 2 * 64);
+        } while (!calls(dir->nowait));
+        ASSERT_INLINE(&t, 1, 0, n - 1, 0);
+        for (int i = 0; i < 100; i++) {
+            g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+            settle();
+        }
+        ASSERT_INLINE(&t, 100, 0, 0, 0);
+    }
+
+    /* Another descriptor is asked at once. */
+    hooks_reset();
+    fault(dir->nowait, ALWAYS, -EAGAIN);
+    for (int i = 0; i < 200; i++) {
+        g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+    }
+    inline_renew(&t);
+    file_stats(&t);
+    g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
+    ASSERT_INLINE(&t, 1, 0, 0, 0);
+    file_close(&t);
+}
+
+/* What was served inline can't be cancelled, but its callback is to come. */
+static void test_inline_cancel(int unused)
+{
+    TestFile t;
+    Req r[3];
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        const struct Dir *dir = &dirs[i & 1];
+        bool sync = i & 2;
+
+        inline_renew(&t);
+        for (int j = 0; j < ARRAY_SIZE(r); j++) {
+            req_init(&r[j], BLK, 1, false);
+            if (i & 1) {
+                fill(r[j].buf, j * BLK, BLK, i + 1);
+            }
+            req_start(&r[j], &t, dir->type, j * BLK, 0);
+        }
+        if (sync) {
+            bdrv_aio_cancel(r[1].acb);
+            g_assert(r[1].done);
+            g_assert_cmpint(r[1].ret, ==, 0);
+        } else {
+            req_cancel(&r[1]);
+            req_cancel(&r[1]);
+            g_assert(!r[1].done);
+        }
+        for (int j = 0; j < ARRAY_SIZE(r); j++) {
+            g_assert_cmpint(req_wait(&r[j]), ==, 0);
+        }
+        settle();
+        for (int j = 0; j < ARRAY_SIZE(r); j++) {
+            g_assert_cmpint(r[j].done, ==, 1);
+            check(r[j].buf, j * BLK, BLK, i & 1 ? i + 1 : i);
+            req_destroy(&r[j]);
+        }
+        ASSERT_INLINE(&t, 3, 0, 0, 0);
+    }
+    file_close(&t);
+}
+
+/*
+ * With the pool: what was refused can be cancelled as long as it is queued,
+ * the rest of what has begun can't.
+ */
+static void test_inline_cancel_rest(int queued)
+{
+    AioContext *ctx = qemu_get_aio_context();
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 1, &error_abort);
+    for (int i = 0; i < 8; i++) {
+        const struct Dir *dir = &dirs[i & 1];
+        bool begun = i & 2;
+        bool sync = (i & 4) && queued && !begun; /* else it would wait */
+        int ret = queued && !begun ? -ECANCELED : 0;
+        int seed = i & 1 ? i : 0;
+        Req blocker, r;
+
+        inline_renew(&t);
+        gate_close((1u << CALL_PREAD) | (1u << CALL_PWRITE), -1);
+        if (queued) {
+            /* Nobody has time for the rest. */
+            req_init(&blocker, BLK, 1, true);
+            req_start(&blocker, &t, QEMU_AIO_READ | QEMU_AIO_MISALIGNED,
+                      10 * BLK, 0);
+            gate_wait(1);
+        }
+        req_init(&r, BLK, 1, false);
+        if (i & 1) {
+            fill(r.buf, 0, BLK, seed);
+        }
+        fault(dir->nowait, 1, begun ? 1000 : -EAGAIN);
+        req_start(&r, &t, dir->type, 0, 0);
+        if (queued) {
+            PAIOPoolInfo info;
+
+            do {
+                settle();
+                paio_pool_get_info(raw_aio_current_pool(), &info);
+            } while (!info.queued);
+        } else {
+            gate_wait(1);
+        }
+        if (sync) {
+            bdrv_aio_cancel(r.acb);
+            g_assert(r.done);
+        } else {
+            req_cancel(&r);
+            req_cancel(&r);
+        }
+        if (!ret) {
+            settle();
+            g_assert(!r.done);
+            gate_open();
+        }
+        g_assert_cmpint(req_wait(&r), ==, ret);
+        gate_open();
+        if (queued) {
+            g_assert_cmpint(req_wait(&blocker), ==, 0);
+            check(blocker.buf, 10 * BLK, BLK, 0);
+            req_destroy(&blocker);
+        }
+        settle();
+        check_file(&t, 0, BLK, ret ? 0 : seed);
+        if (!ret) {
+            check(r.buf, 0, BLK, seed);
+        }
+        req_destroy(&r);
+        ASSERT_INLINE(&t, 0, 1, queued + !ret, begun);
+        g_assert_cmpint(file_write(&t, 0, BLK, 1, 0, 0), ==, 0);
+        file_stats(&t);
+    }
+    aio_context_set_thread_pool_params(ctx, 0, 64, &error_abort);
+    file_close(&t);
+}
+
+/* What is learnt goes to the descriptor that was asked, as the retry does. */
+static void test_inline_descriptor(int unused)
+{
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    for (int i = 0; i < 2; i++) {
+        const struct Dir *dir = &dirs[i];
+        int old_fd, new_fd;
+        Req r[2];
+
+        inline_renew(&t);
+        old_fd = file_fd(&t);
+        fault(dir->nowait, 1, -EOPNOTSUPP);
+        gate_close(1u << dir->one, old_fd);
+        for (int j = 0; j < 2; j++) {
+            req_init(&r[j], BLK, 1, false);
+            if (i == 1) {
+                fill(r[j].buf, j * BLK, BLK, i);
+            }
+        }
+        req_start(&r[0], &t, dir->type, 0, 0);
+        gate_wait(1);
+        /* One that has its data, and whose callback is still to come */
+        req_start(&r[1], &t, dir->type, BLK, 0);
+
+        new_fd = reopen(&t, INLINE);
+        raw_aio_set_fd(&t.f, new_fd);
+        g_assert_cmpint(fcntl(old_fd, F_GETFD), !=, -1);
+        gate_open();
+        for (int j = 0; j < 2; j++) {
+            g_assert_cmpint(req_wait(&r[j]), ==, 0);
+            check(r[j].buf, j * BLK, BLK, i);
+            req_destroy(&r[j]);
+        }
+        check_file(&t, 0, 2 * BLK, i);
+        g_assert_cmpint(fcntl(old_fd, F_GETFD), ==, -1);
+        for (int j = 0; j < hooks.nr_log; j++) {
+            g_assert_cmpint(hooks.log[j].fd, ==, old_fd);
+        }
+        ASSERT_INLINE(&t, 1, 1, 1, 0);
+
+        hooks_reset();
+        g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, i), ==, 0);
+        g_assert_cmpint(hooks.log[0].fd, ==, new_fd);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+    }
+
+    /* None for a while */
+    for (int i = 0; i < 4; i++) {
+        t.coroutine = i & 1;
+        raw_aio_set_fd(&t.f, -1);
+        g_assert_cmpint(file_rw(&t, dirs[i / 2].type, 0, BLK, 1, 0, 1), ==,
+                        -EBADF);
+        ASSERT_INLINE(&t, 0, 1, 1, 0);
+        raw_aio_set_fd(&t.f, reopen(&t, INLINE));
+        g_assert_cmpint(file_rw(&t, dirs[i / 2].type, 0, BLK, 1, 0, 1), ==, 0);
+        ASSERT_INLINE(&t, 1, 0, 0, 0);
+    }
+    file_close(&t);
+}
+
+/* The callback of a hit waits for another request. */
+static Req *inline_wait_for;
+
+static void inline_wait_hook(Req *r)
+{
+    Req *next = inline_wait_for;
+
+    inline_wait_for = NULL;
+    if (!next->ctx) {
+        req_start(next, r->t, QEMU_AIO_READ, BLK, 0);
+    }
+    g_assert_cmpint(req_wait(next), ==, 0);
+}
+
+static void inline_nested_in(void *opaque)
+{
+    TestFile *t = opaque;
+
+    /* The other is sent before, after, or in the callback; and is a miss. */
+    for (int i = 0; i < 12; i++) {
+        int when = i % 3;
+        bool cancel = i & 1;
+        Req r[2];
+
+        if (cancel && qemu_get_current_aio_context() !=
+                      qemu_get_aio_context()) {
+            continue; /* AIO_WAIT_WHILE() is for the main loop. */
+        }
+        settle();
+        hooks_reset();
+        for (int j = 0; j < 2; j++) {
+            req_init(&r[j], BLK, 1, false);
+        }
+        r[0].hook = inline_wait_hook;
+        inline_wait_for = &r[1];
+        if (i >= 6) {
+            fault(CALL_PREADV2, 1, when == 0 ? -EAGAIN : PASS);
+            fault(CALL_PREADV2, 1, when == 0 ? PASS : -EAGAIN);
+        }
+        if (when == 0) {
+            req_start(&r[1], t, QEMU_AIO_READ, BLK, 0);
+        }
+        req_start(&r[0], t, QEMU_AIO_READ, 0, 0);
+        if (when == 1) {
+            req_start(&r[1], t, QEMU_AIO_READ, BLK, 0);
+        }
+        if (cancel) {
+            /* This waits in a loop, too. */
+            bdrv_aio_cancel(r[0].acb);
+            g_assert(r[0].done);
+        }
+        g_assert_cmpint(req_wait(&r[0]), ==, 0);
+        g_assert_cmpint(r[1].done, ==, 1);
+        for (int j = 0; j < 2; j++) {
+            check(r[j].buf, j * BLK, BLK, 0);
+            req_destroy(&r[j]);
+        }
+        g_assert(!inline_wait_for);
+        ASSERT_INLINE(t, i < 6 ? 2 : 1, i >= 6, i >= 6, 0);
+    }
+}
+
+static void test_inline_nested(int unused)
+{
+    IOThread *iothread;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    inline_nested_in(&t);
+    iothread = iothread_new();
+    run_in(iothread, inline_nested_in, &t);
+    iothread_join(iothread);
+    file_close(&t);
+}
+#endif /* RAW_AIO_HAVE_RWF */
 
 #ifdef CONFIG_LINUX_AIO
 /*
@@ -3659,13 +4796,13 @@ typedef struct Slot {
 struct Load {
     TestFile t;
     bool faults;
+    bool misses;        /* faults, but only of the inline tier */
     bool read_only;
+    bool coroutine;     /* each slot is one */
     bool stop;          /* atomic */
     int running;        /* slots; main thread */
     Slot slots[SLOTS];
 };
-
-static void slot_next(Slot *s);
 
 static void slot_finished_bh(void *opaque)
 {
@@ -3689,20 +4826,8 @@ static void slot_verify(Slot *s, int ret)
     }
 }
 
-static void slot_cb(void *opaque, int ret)
-{
-    Slot *s = opaque;
-
-    g_assert_cmpint(in_engine, ==, 0);
-    g_assert(qemu_get_current_aio_context() == s->ctx);
-    g_assert(s->in_flight);
-    s->in_flight = false;
-    slot_verify(s, ret);
-    qemu_iovec_destroy(&s->qiov);
-    slot_next(s);
-}
-
-static void slot_next(Slot *s)
+/* Make up a request.  Returns false when there are to be no more. */
+static bool slot_prepare(Slot *s)
 {
     Load *load = s->load;
     bool direct = kind_direct(load->t.kind);
@@ -3711,12 +4836,11 @@ static void slot_next(Slot *s)
     bool odd = direct && g_rand_int_range(s->rand, 0, 4) == 0;
     int niov = g_rand_int_range(s->rand, 1, 5);
     size_t pos = 0;
-    BlockAIOCB *acb;
 
     if (!s->to_do || qatomic_read(&load->stop)) {
         aio_bh_schedule_oneshot(qemu_get_aio_context(), slot_finished_bh,
                                 load);
-        return;
+        return false;
     }
     s->to_do--;
     s->sent++;
@@ -3749,11 +4873,43 @@ static void slot_next(Slot *s)
     } else {
         memset(s->mem, 0xaa, SLOT_SIZE + BLK);
     }
-
+    if (odd) {
+        s->type |= QEMU_AIO_MISALIGNED;
+    }
     s->in_flight = true;
+    return true;
+}
+
+static void slot_done(Slot *s, int ret)
+{
+    g_assert_cmpint(in_engine, ==, 0);
+    g_assert(qemu_get_current_aio_context() == s->ctx);
+    g_assert(s->in_flight);
+    s->in_flight = false;
+    slot_verify(s, ret);
+    qemu_iovec_destroy(&s->qiov);
+}
+
+static void slot_next(Slot *s);
+
+static void slot_cb(void *opaque, int ret)
+{
+    Slot *s = opaque;
+
+    slot_done(s, ret);
+    slot_next(s);
+}
+
+static void slot_next(Slot *s)
+{
+    Load *load = s->load;
+    BlockAIOCB *acb;
+
+    if (!slot_prepare(s)) {
+        return;
+    }
     in_engine++;
-    acb = raw_aio_submit(&load->t.f, s->type | (odd ? QEMU_AIO_MISALIGNED : 0),
-                         s->base + s->start,
+    acb = raw_aio_submit(&load->t.f, s->type, s->base + s->start,
                          s->type & QEMU_AIO_FLUSH ? NULL : &s->qiov, s->flags,
                          slot_cb, s);
     s->cancelled = load->faults && g_rand_int_range(s->rand, 0, 16) == 0;
@@ -3763,9 +4919,33 @@ static void slot_next(Slot *s)
     in_engine--;
 }
 
+static void coroutine_fn slot_co_entry(void *opaque)
+{
+    Slot *s = opaque;
+    RawAIOFile *f = &s->load->t.f;
+
+    while (slot_prepare(s)) {
+        int ret;
+
+        if (s->type & QEMU_AIO_FLUSH) {
+            ret = raw_aio_co_flush(f);
+        } else {
+            ret = raw_aio_co_rw(f, s->type, s->base + s->start, &s->qiov,
+                                s->flags);
+        }
+        slot_done(s, ret);
+    }
+}
+
 static void slot_start_bh(void *opaque)
 {
-    slot_next(opaque);
+    Slot *s = opaque;
+
+    if (s->load->coroutine) {
+        qemu_coroutine_enter(qemu_coroutine_create(slot_co_entry, s));
+    } else {
+        slot_next(s);
+    }
 }
 
 static bool load_start(Load *load, Kind kind, IOThread **iothreads,
@@ -3791,8 +4971,9 @@ static bool load_start(Load *load, Kind kind, IOThread **iothreads,
         s->data = g_malloc(SLOT_SIZE);
         s->to_do = requests;
     }
-    if (load->faults) {
+    if (load->faults || load->misses) {
         hooks.chaos_unit = kind_direct(kind) ? BLK : 1;
+        hooks.chaos_misses = !load->faults;
         hooks.chaos = g_test_rand_int() | 1;
     }
     for (int i = 0; i < SLOTS; i++) {
@@ -3827,20 +5008,30 @@ static void load_end(Load *load)
     }
 
     s = file_stats(&load->t);
-    g_assert_cmpuint(s.native + s.pool, ==, sent - cancelled);
-    g_test_message("%" PRIu64 " requests: %" PRIu64 " native, %" PRIu64
-                   " pool, %" PRIu64 " refused, %" PRIu64 " short, %" PRIu64
-                   " cancelled", sent, s.native, s.pool, s.refused, s.cut,
-                   cancelled);
+    g_assert_cmpuint(s.in + s.native + s.pool, ==, sent - cancelled);
+    if (kind_inline(load->t.kind)) {
+        g_assert_cmpuint(s.in, >, 0);
+        g_assert_cmpuint(s.in_refused, >, 0);
+    }
+    g_test_message("%" PRIu64 " requests: %" PRIu64 " inline, %" PRIu64
+                   " native, %" PRIu64 " pool, %" PRIu64 " refused, %" PRIu64
+                   " short, %" PRIu64 " cancelled", sent, s.in, s.native,
+                   s.pool, s.refused + s.in_refused, s.cut, cancelled);
     file_close(&load->t);
 }
 
+/* The callback form, unless this is added to the kind */
+#define IN_COROUTINE 0x100
+
 /* One file, used in the main loop and in three IOThreads at once */
-static void test_contexts(int kind)
+static void test_contexts(int arg)
 {
+    Kind kind = arg & ~IN_COROUTINE;
     g_autofree Load *load = g_new0(Load, 1);
     IOThread *iothreads[3];
 
+    load->coroutine = arg & IN_COROUTINE;
+    load->misses = kind_inline(kind);
     for (int i = 0; i < 3; i++) {
         iothreads[i] = iothread_new();
     }
@@ -3854,14 +5045,17 @@ static void test_contexts(int kind)
 }
 
 /* The descriptor changes all the time while two IOThreads read. */
-static void test_descriptor_stress(int kind)
+static void test_descriptor_stress(int arg)
 {
+    Kind kind = arg & ~IN_COROUTINE;
     g_autofree Load *load = g_new0(Load, 1);
     IOThread *iothreads[2];
 
     for (int i = 0; i < 2; i++) {
         iothreads[i] = iothread_new();
     }
+    load->coroutine = arg & IN_COROUTINE;
+    load->misses = kind_inline(kind);
     load->read_only = true;
     if (load_start(load, kind, iothreads, 2, false, INT_MAX)) {
         for (int i = 0; i < 1000; i++) {
@@ -3888,16 +5082,16 @@ static void fuzz_set_fd_timer(void *opaque)
     raw_aio_set_fd(&load->t.f, reopen(&load->t, load->t.kind));
 }
 
-static void fuzz_run(Kind kind, IOThread **iothreads, int nr_iothreads,
-                     int ms)
+static void fuzz_run(int arg, IOThread **iothreads, int nr_iothreads, int ms)
 {
     g_autofree Load *load = g_new0(Load, 1);
     int64_t end = g_get_monotonic_time() + ms * 1000;
     QEMUTimer *timer;
 
+    load->coroutine = arg & IN_COROUTINE;
     load->faults = true;
-    if (!load_start(load, kind, iothreads, nr_iothreads, nr_iothreads == 0,
-                    INT_MAX)) {
+    if (!load_start(load, arg & ~IN_COROUTINE, iothreads, nr_iothreads,
+                    nr_iothreads == 0, INT_MAX)) {
         return;
     }
     timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
@@ -3913,16 +5107,16 @@ static void fuzz_run(Kind kind, IOThread **iothreads, int nr_iothreads,
     load_end(load);
 }
 
-static void test_fuzz(int kind)
+static void test_fuzz(int arg)
 {
     IOThread *iothreads[3];
 
-    fuzz_run(kind, NULL, 0, 300);
+    fuzz_run(arg, NULL, 0, 300);
     for (int i = 0; i < 3; i++) {
         iothreads[i] = iothread_new();
     }
     hooks_reset();
-    fuzz_run(kind, iothreads, 3, 300);
+    fuzz_run(arg, iothreads, 3, 300);
     for (int i = 0; i < 3; i++) {
         iothread_join(iothreads[i]);
     }
@@ -3941,6 +5135,7 @@ static const struct TestCase {
     { "/raw-aio/data/empty-element/buffered", test_data_empty_element,
       BUFFERED },
     { "/raw-aio/data/empty-element/native", test_data_empty_element, NATIVE },
+    { "/raw-aio/data/empty-element/inline", test_data_empty_element, INLINE },
     { "/raw-aio/short/buffered", test_short_buffered },
     { "/raw-aio/short/direct", test_short_direct },
 #ifdef CONFIG_LINUX_AIO
@@ -3948,6 +5143,7 @@ static const struct TestCase {
     { "/raw-aio/short/nowait", test_short_native, NOWAIT },
 #endif
     { "/raw-aio/eof/buffered", test_eof, BUFFERED },
+    { "/raw-aio/eof/inline", test_eof, INLINE },
     { "/raw-aio/eof/direct", test_eof, DIRECT },
     { "/raw-aio/eof/native", test_eof, NATIVE },
     { "/raw-aio/eof/nowait", test_eof, NOWAIT },
@@ -3966,6 +5162,7 @@ static const struct TestCase {
 #endif
     { "/raw-aio/fua/buffered", test_fua_buffered, BUFFERED },
     { "/raw-aio/fua/buffered-native", test_fua_buffered, BUFFERED_NATIVE },
+    { "/raw-aio/fua/inline", test_fua_buffered, INLINE },
 #if RAW_AIO_HAVE_RWF
     { "/raw-aio/fua/direct", test_fua_direct, DIRECT },
     { "/raw-aio/fua/native", test_fua_direct, NATIVE },
@@ -4017,14 +5214,21 @@ static const struct TestCase {
     { "/raw-aio/descriptor/flags", test_descriptor_flags },
 #endif
     { "/raw-aio/descriptor/stress/buffered", test_descriptor_stress, BUFFERED },
+#if RAW_AIO_HAVE_RWF
+    { "/raw-aio/descriptor/stress/inline", test_descriptor_stress, INLINE },
+    { "/raw-aio/descriptor/stress/inline-coroutine", test_descriptor_stress,
+      INLINE | IN_COROUTINE },
+#endif
     { "/raw-aio/descriptor/stress/direct", test_descriptor_stress, DIRECT },
     { "/raw-aio/descriptor/stress/nowait", test_descriptor_stress, NOWAIT },
     { "/raw-aio/run/no-file", test_run, false },
     { "/raw-aio/run/file", test_run, true },
     { "/raw-aio/nested/buffered", test_nested, BUFFERED },
+    { "/raw-aio/nested/inline", test_nested, INLINE },
     { "/raw-aio/nested/native", test_nested, NATIVE },
     { "/raw-aio/nested/nowait", test_nested, NOWAIT },
     { "/raw-aio/nested/section/buffered", test_nested_section, BUFFERED },
+    { "/raw-aio/nested/section/inline", test_nested_section, INLINE },
     { "/raw-aio/nested/section/native", test_nested_section, NATIVE },
 #ifdef CONFIG_LINUX_AIO
     { "/raw-aio/nested/blocked/eagain-wait", test_nested_blocked, 0 },
@@ -4033,12 +5237,44 @@ static const struct TestCase {
     { "/raw-aio/nested/blocked/full-send", test_nested_blocked, 3 },
 #endif
     { "/raw-aio/depth/buffered", test_depth, BUFFERED },
+    { "/raw-aio/depth/inline", test_depth, INLINE },
     { "/raw-aio/depth/native", test_depth, NATIVE },
     { "/raw-aio/chain/buffered", test_chain, BUFFERED },
+    { "/raw-aio/chain/inline", test_chain, INLINE },
     { "/raw-aio/chain/native", test_chain, NATIVE },
     { "/raw-aio/bounded/buffered", test_bounded, BUFFERED },
+    { "/raw-aio/bounded/inline", test_bounded, INLINE },
     { "/raw-aio/bounded/native", test_bounded, NATIVE },
     { "/raw-aio/bounded/nowait", test_bounded, NOWAIT },
+#if RAW_AIO_HAVE_RWF
+    { "/raw-aio/inline/hit/threads", test_inline_hit, INLINE },
+    { "/raw-aio/inline/hit/native", test_inline_hit, INLINE_NATIVE },
+    { "/raw-aio/inline/hit/real", test_inline_real },
+    { "/raw-aio/inline/errors", test_inline_errors },
+    { "/raw-aio/inline/short", test_inline_short },
+    { "/raw-aio/inline/eof", test_inline_eof },
+    { "/raw-aio/inline/never", test_inline_never },
+    { "/raw-aio/inline/budget", test_inline_budget },
+    { "/raw-aio/inline/turns/callback", test_inline_turns, CHAIN_CALLBACK },
+    { "/raw-aio/inline/turns/loop", test_inline_turns, CHAIN_LOOP },
+    { "/raw-aio/inline/turns/create", test_inline_turns, CHAIN_CREATE },
+    { "/raw-aio/inline/turns/token", test_inline_turns, CHAIN_TOKEN },
+    { "/raw-aio/inline/turns/main-loop/callback", test_inline_turns,
+      CHAIN_MAIN_LOOP | CHAIN_CALLBACK },
+    { "/raw-aio/inline/turns/main-loop/loop", test_inline_turns,
+      CHAIN_MAIN_LOOP | CHAIN_LOOP },
+    { "/raw-aio/inline/turns/main-loop/create", test_inline_turns,
+      CHAIN_MAIN_LOOP | CHAIN_CREATE },
+    { "/raw-aio/inline/turns/main-loop/token", test_inline_turns,
+      CHAIN_MAIN_LOOP | CHAIN_TOKEN },
+    { "/raw-aio/inline/adapt/read", test_inline_adapt, 0 },
+    { "/raw-aio/inline/adapt/write", test_inline_adapt, 1 },
+    { "/raw-aio/inline/cancel/hit", test_inline_cancel },
+    { "/raw-aio/inline/cancel/rest/running", test_inline_cancel_rest, false },
+    { "/raw-aio/inline/cancel/rest/queued", test_inline_cancel_rest, true },
+    { "/raw-aio/inline/descriptor", test_inline_descriptor },
+    { "/raw-aio/inline/nested", test_inline_nested },
+#endif
 #ifdef CONFIG_LINUX_AIO
     { "/raw-aio/ring/none/eagain", test_no_ring, EAGAIN },
     { "/raw-aio/ring/none/enosys", test_no_ring, ENOSYS },
@@ -4057,9 +5293,20 @@ static const struct TestCase {
     { "/raw-aio/switches/native", test_switch_native },
 #endif
     { "/raw-aio/contexts/buffered", test_contexts, BUFFERED },
+    { "/raw-aio/contexts/buffered-coroutine", test_contexts,
+      BUFFERED | IN_COROUTINE },
+#if RAW_AIO_HAVE_RWF
+    { "/raw-aio/contexts/inline", test_contexts, INLINE },
+    { "/raw-aio/contexts/inline-coroutine", test_contexts,
+      INLINE | IN_COROUTINE },
+#endif
     { "/raw-aio/contexts/direct", test_contexts, DIRECT },
     { "/raw-aio/contexts/nowait", test_contexts, NOWAIT },
     { "/raw-aio/fuzz/buffered", test_fuzz, BUFFERED },
+#if RAW_AIO_HAVE_RWF
+    { "/raw-aio/fuzz/inline", test_fuzz, INLINE },
+    { "/raw-aio/fuzz/inline-coroutine", test_fuzz, INLINE | IN_COROUTINE },
+#endif
     { "/raw-aio/fuzz/direct", test_fuzz, DIRECT },
     { "/raw-aio/fuzz/nowait", test_fuzz, NOWAIT },
 };
