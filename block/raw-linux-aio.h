@@ -14,11 +14,13 @@
 #include <libaio.h>
 
 /**
- * RawLaioRing: the native AIO context of an AioContext
+ * RawLaioRing: native AIO for an AioContext
  *
- * Everything but raw_laio_free() is called in the AioContext's home thread.
+ * Where nothing else is said, functions are called in the AioContext's home
+ * thread.
  */
 typedef struct RawLaioRing RawLaioRing;
+typedef struct RawLaioRequest RawLaioRequest;
 
 /**
  * RawLaioFunc: completion of a request
@@ -30,33 +32,60 @@ typedef struct RawLaioRing RawLaioRing;
  */
 typedef void RawLaioFunc(void *opaque, ssize_t res);
 
+/* Where an iocb is */
 typedef enum RawLaioState {
     RAW_LAIO_IDLE,
     RAW_LAIO_PENDING,   /* in RawLaioRing.pending */
-    RAW_LAIO_KERNEL,    /* submitted */
+    RAW_LAIO_KERNEL,    /* submitted, or a worker is about to submit it */
     RAW_LAIO_FAILED,    /* in RawLaioRing.failed */
 } RawLaioState;
 
+/*
+ * What the kernel is given: a request, or one element of its vector.  Owned by
+ * the ring, that is by its home thread.
+ */
+typedef struct RawLaioIocb {
+    struct iocb iocb;
+    RawLaioRequest *req;
+    struct RawLaioContext *context; /* valid in RAW_LAIO_KERNEL */
+    RawLaioState state;
+    ssize_t res;                    /* valid in RAW_LAIO_FAILED, and after it */
+    QTAILQ_ENTRY(RawLaioIocb) next; /* in RawLaioRing.pending or failed */
+    QSIMPLEQ_ENTRY(RawLaioIocb) part; /* in RawLaioRequest or RawLaioRing */
+} RawLaioIocb;
+
+typedef QSIMPLEQ_HEAD(, RawLaioIocb) RawLaioPartList;
+
 /**
- * RawLaioRequest: one kernel request
+ * RawLaioRequest: one read, write or fdatasync
  *
  * Provided by the submitter, who keeps it and the data it points to alive and
  * unmoved until @cb is called; the ring does not touch it afterwards.
  */
-typedef struct RawLaioRequest {
+struct RawLaioRequest {
     /* Set by the submitter, constant until @cb. */
     RawLaioFunc *cb;
     void *opaque;
 
     /* Valid in @cb: the kernel never took it, so nothing has happened. */
     bool refused;
+    /* Valid in @cb: it was done when io_submit(2) returned. */
+    bool at_once;
+    /* Valid in @cb: its submission kept the event loop waiting for so long. */
+    int64_t stalled_ns;
 
-    /* Owned by the ring, that is by its home thread. */
-    struct iocb iocb;
-    RawLaioState state;
-    ssize_t res;        /* valid in RAW_LAIO_FAILED */
-    QTAILQ_ENTRY(RawLaioRequest) next;
-} RawLaioRequest;
+    /* Below: owned by the ring. */
+
+    RawLaioIocb own;            /* the whole request, or one of its parts */
+
+    /* If it goes as an array of iocbs, else iov is NULL */
+    const struct iovec *iov;    /* elements that have no iocb yet */
+    int niov;
+    int64_t offset;             /* of these, in bytes */
+    ssize_t done;               /* bytes transferred before the parts */
+    RawLaioPartList parts;      /* in the order of the vector */
+    unsigned outstanding;       /* of these, not finished */
+};
 
 /**
  * raw_laio_new: Create the ring of an AioContext.
@@ -75,7 +104,9 @@ RawLaioRing *raw_laio_new(AioContext *ctx, Error **errp);
 void raw_laio_free(RawLaioRing *ring);
 
 /**
- * raw_laio_entries: How many requests the kernel takes at a time
+ * raw_laio_entries: How many iocbs the kernel takes at a time
+ *
+ * Grows when more requests are queued.
  */
 unsigned raw_laio_entries(const RawLaioRing *ring);
 
@@ -85,10 +116,17 @@ unsigned raw_laio_entries(const RawLaioRing *ring);
  * @iov: vector, at most IOV_MAX elements, alive until the completion
  * @offset: in bytes
  * @rwf: RAW_AIO_RWF_* flags; only 0 where RAW_AIO_HAVE_IOCB_FLAGS is 0
+ * @array: one iocb for each element, for kernels that do not know
+ *         IOCB_CMD_PREADV and IOCB_CMD_PWRITEV
+ *
+ * With @array the elements are transferred side by side.  The result is what
+ * the vector would have given: the bytes up to the first element that is not
+ * complete, or the error of the first element.  Elements behind that one may
+ * have been transferred all the same.
  */
 void raw_laio_prep_rw(RawLaioRequest *req, bool is_write, int fd,
                       const struct iovec *iov, int niov, int64_t offset,
-                      int rwf);
+                      int rwf, bool array);
 
 /**
  * raw_laio_prep_fdsync: Describe an fdatasync.
@@ -105,6 +143,31 @@ void raw_laio_prep_fdsync(RawLaioRequest *req, int fd);
  */
 void raw_laio_submit(RawLaioRing *ring, RawLaioRequest *req,
                      uint64_t dev_max_batch);
+
+/**
+ * raw_laio_reserve: Make room for a request that a worker is to submit.
+ * @req: a prepared request, not an array
+ *
+ * Returns: false if there is no room.  Otherwise raw_laio_submit_reserved()
+ * follows, in any thread.
+ */
+bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req);
+
+/**
+ * raw_laio_submit_reserved: Submit a request; may block.
+ *
+ * May be called in any thread.  The callback may be called, in the home thread,
+ * before this returns.
+ *
+ * Returns: 0, or negative errno: then the kernel did not take it, there is no
+ * callback, and raw_laio_unreserve() follows
+ */
+int raw_laio_submit_reserved(RawLaioRequest *req);
+
+/**
+ * raw_laio_unreserve: Give back the room of a request that was not submitted.
+ */
+void raw_laio_unreserve(RawLaioRing *ring, RawLaioRequest *req);
 
 /**
  * raw_laio_cancel: Take back a request that the kernel does not have yet.

@@ -906,7 +906,7 @@ static bool raw_aio_begin_native(RawAIORequest *req)
     } else {
         raw_laio_prep_rw(&req->laio, raw_aio_is_write(req->type), desc->fd,
                          req->qiov->iov, req->qiov->niov, req->offset,
-                         req->nowait ? RAW_AIO_RWF_NOWAIT : 0);
+                         req->nowait ? RAW_AIO_RWF_NOWAIT : 0, false);
     }
     req->laio.cb = raw_aio_native_cb;
     req->laio.opaque = req;
