@@ -31,6 +31,7 @@
 #include "block/raw-linux-aio.h"
 #include "block/raw-posix-aio.h"
 #include "block/raw-aio-compat.h"
+#include "block/raw-aio-watch.h"
 #include "trace.h"
 
 /*
@@ -41,8 +42,8 @@
 
 /*
  * How much the event loop may transfer itself.  A request that is larger goes
- * to the pool, where several are copied side by side.  What one turn of the
- * loop may do, 64 requests of 4 KiB or so, takes 0.1 to 0.2 ms: no longer than
+ * to the pool, where several are copied side by side.  What the loop may do in
+ * one turn, 64 requests of 4 KiB or so, takes 0.1 to 0.2 ms: no longer than
  * other handlers and the timers can wait.  The main loop can turn in a vCPU
  * thread under the BQL, where more would be felt by the guest.
  */
@@ -52,13 +53,32 @@
 #define RAW_AIO_INLINE_MIN      (4 * KiB)
 
 /*
- * After so many refusals in a row the inline tier is left out, for one request
- * and then for twice as many each time, up to the second number.  A refusal
- * costs about 1 us, so a file that is not in the page cache loses next to
- * nothing, and one that warms up is found again soon.
+ * A way that mostly fails is tried less often.  A refusal adds 1 to the score
+ * of a RawAIOHint and a success halves it; above the first number so many
+ * requests go past that way before the next try, from one on and then twice as
+ * many each time, up to the second number.  A refusal costs 1 to 3 us, so with
+ * these a file that always refuses loses next to nothing, and one that changes
+ * is found out soon.
  */
-#define RAW_AIO_INLINE_PATIENCE 4
-#define RAW_AIO_INLINE_SKIP_MAX 64
+#define RAW_AIO_HINT_PATIENCE   4
+#define RAW_AIO_HINT_SKIP_MAX   64
+
+/*
+ * After so many reads in a row that were done when io_submit(2) returned, and
+ * had no RWF_NOWAIT as the file does not know it, the event loop reads the file
+ * itself: it waits for whatever there is to wait for in either case, and the
+ * plain call takes half as long.  That's so for tmpfs and the like.
+ */
+#define RAW_AIO_AT_ONCE         64
+
+/*
+ * How long (ms) the event loop submits nothing for a file that made it wait.
+ * Twice as long each time it does so again, up to 64 times, which leaves less
+ * than 1 % of the time to stalls of half a second.  As long again without a
+ * stall takes one step back.
+ */
+#define RAW_AIO_SLOW_MS         1000
+#define RAW_AIO_SLOW_LEVELS     7
 
 /* RawAIODesc.learnt: what a descriptor has been found not to do */
 enum {
@@ -70,16 +90,18 @@ enum {
     RAW_AIO_NO_DSYNC        = 1 << 5,   /* pwritev2(RWF_DSYNC) */
     RAW_AIO_NO_READ_INLINE  = 1 << 6,
     RAW_AIO_NO_WRITE_INLINE = 1 << 7,
+    RAW_AIO_NO_READ_IOCBV   = 1 << 8,   /* IOCB_CMD_PREADV */
+    RAW_AIO_NO_WRITE_IOCBV  = 1 << 9,   /* IOCB_CMD_PWRITEV */
 };
 
 /*
- * How the inline tier fares.  Atomic, but only a hint: with several AioContexts
- * an update may be lost.
+ * How a way to serve requests fares.  Atomic, but only a hint: with several
+ * AioContexts an update may be lost.
  */
-typedef struct RawAIOInline {
-    unsigned refused;       /* in a row */
+typedef struct RawAIOHint {
+    unsigned score;
     unsigned skip;          /* so many requests go past it */
-} RawAIOInline;
+} RawAIOHint;
 
 /*
  * A descriptor lives until the last request that began on it has ended, even
@@ -89,10 +111,18 @@ struct RawAIODesc {
     struct rcu_head rcu;    /* first, as g_free_rcu() wants it */
     int fd;                 /* constant */
     bool direct;            /* O_DIRECT; constant, nobody changes it */
-    unsigned lane;          /* of cached writes, see PAIORequest; constant */
+    unsigned lane;          /* of such writes, see PAIORequest; constant */
     int refcnt;             /* atomic */
     unsigned learnt;        /* atomic, bits are only added */
-    RawAIOInline inline_read, inline_write;
+    RawAIOHint inline_read, inline_write;
+    RawAIOHint native_read, native_write; /* with RWF_NOWAIT */
+    unsigned at_once;       /* see RAW_AIO_AT_ONCE; atomic hint */
+    /*
+     * Until when (ms of get_clock(), wraps around) the event loop submits
+     * nothing, and how often it had to wait lately; 0: never.  Atomic hints.
+     */
+    unsigned slow_until;
+    unsigned slow_level;
 };
 
 /* What an AioContext has for all its files; owned by its home thread */
@@ -102,6 +132,7 @@ typedef struct RawAIOContext {
     PAIOPool *pool;         /* constant */
     QEMUBH *turn_bh;        /* constant */
     size_t inline_left;     /* bytes until the next turn of the event loop */
+    RawAIOWatch watch;      /* of the inline tier */
 #ifdef CONFIG_LINUX_AIO
     RawLaioRing *ring;
     bool ring_tried;
@@ -130,11 +161,19 @@ typedef struct RawAIORequest {
      */
     unsigned suspect;
     bool nowait;            /* the native attempt has RWF_NOWAIT */
+    bool array;             /* ... and one iocb for each element */
     bool partial;           /* another tier has transferred a part, or all */
 
     PAIORequest pool;
 #ifdef CONFIG_LINUX_AIO
     RawLaioRequest laio;
+    /*
+     * While a worker submits it, the result may come first: then it waits here
+     * until the worker does not touch the request any more.
+     */
+    bool with_worker;
+    bool landed;
+    ssize_t landed_res;
 #endif
 
     BlockCompletionFunc *cb;
@@ -193,15 +232,16 @@ static bool raw_aio_has_preadv(const RawAIOFile *f)
  */
 
 /*
- * Kernels hold the lock of the inode over a write to the page cache, so several
- * workers that write to one regular file only wait for each other.
+ * Kernels hold the lock of the inode over a write to the page cache, and over
+ * the submission of one that allocates, so several workers that do so to one
+ * regular file only wait for each other.
  */
-static unsigned raw_aio_choose_lane(int fd, bool direct)
+static unsigned raw_aio_choose_lane(int fd)
 {
     static unsigned next;   /* atomic, no ordering needed */
     struct stat st;
 
-    if (direct || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
         return 0;
     }
     return qatomic_fetch_inc(&next) % PAIO_LANES + 1;
@@ -214,7 +254,7 @@ static RawAIODesc *raw_aio_desc_new(int fd)
 
     desc->fd = fd;
     desc->direct = flags != -1 && (flags & O_DIRECT);
-    desc->lane = raw_aio_choose_lane(fd, desc->direct);
+    desc->lane = raw_aio_choose_lane(fd);
     desc->refcnt = 1;
     return desc;
 }
@@ -266,6 +306,81 @@ static void raw_aio_learn(RawAIOFile *f, RawAIODesc *desc, unsigned bits)
         trace_raw_aio_learn(f, desc->fd, bits);
         qatomic_or(&desc->learnt, bits);
     }
+}
+
+/*
+ * Whether to try this way now, after what it answered the last times.  Nothing
+ * is lost if it is not tried, so no order with anything else is needed.
+ */
+static bool raw_aio_hint_ask(RawAIOHint *hint)
+{
+    unsigned skip = qatomic_read(&hint->skip);
+
+    if (skip) {
+        qatomic_set(&hint->skip, skip - 1);
+    }
+    return !skip;
+}
+
+static void raw_aio_hint_answer(RawAIOHint *hint, bool served)
+{
+    const unsigned top = RAW_AIO_HINT_PATIENCE + 1 +
+                         ctz32(RAW_AIO_HINT_SKIP_MAX);
+    unsigned score = qatomic_read(&hint->score);
+
+    if (served) {
+        if (unlikely(score)) {
+            qatomic_set(&hint->score, score / 2);
+        }
+        return;
+    }
+    score = MIN(score + 1, top);
+    qatomic_set(&hint->score, score);
+    if (score > RAW_AIO_HINT_PATIENCE) {
+        qatomic_set(&hint->skip, 1U << (score - RAW_AIO_HINT_PATIENCE - 1));
+    }
+}
+
+static unsigned raw_aio_now_ms(void)
+{
+    return get_clock() / SCALE_MS;
+}
+
+/* The event loop had to wait for a call that was not to wait. */
+static void raw_aio_stalled(RawAIOFile *f, RawAIODesc *desc, int64_t ns)
+{
+    unsigned level = MIN(qatomic_read(&desc->slow_level) + 1,
+                         RAW_AIO_SLOW_LEVELS);
+
+    trace_raw_aio_stalled(f, desc->fd, ns, RAW_AIO_SLOW_MS << (level - 1));
+    raw_aio_count(f, RAW_AIO_SLOW_SUBMISSIONS);
+    /* Atomic hints: two AioContexts that do this at once lose nothing. */
+    qatomic_set(&desc->slow_until,
+                raw_aio_now_ms() + (RAW_AIO_SLOW_MS << (level - 1)));
+    qatomic_set(&desc->slow_level, level);
+    qatomic_set(&desc->at_once, 0);
+}
+
+/* Whether requests for a file must not be submitted by the event loop now */
+static bool raw_aio_is_slow(RawAIODesc *desc)
+{
+    unsigned level = qatomic_read(&desc->slow_level);
+    int term, past;
+
+    if (likely(!level)) {
+        return false;
+    }
+    term = RAW_AIO_SLOW_MS << (level - 1);
+    past = raw_aio_now_ms() - qatomic_read(&desc->slow_until);
+    if (past < 0 && past >= -term) {
+        return true;
+    }
+    /* After weeks without a request the difference has wrapped around. */
+    if (past < 0 || past >= term) {
+        qatomic_set(&desc->slow_level, level - 1);
+        qatomic_set(&desc->slow_until, raw_aio_now_ms());
+    }
+    return false;
 }
 
 /*
@@ -663,7 +778,8 @@ static void raw_aio_begin_pool(RawAIORequest *req)
         .func = raw_aio_blocking,
         .arg = req,
         .class = stable ? PAIO_SLOW : PAIO_NORMAL,
-        .lane = raw_aio_is_write(req->type) && !stable ? req->desc->lane : 0,
+        .lane = raw_aio_is_write(req->type) && !stable && !req->desc->direct
+                ? req->desc->lane : 0,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };
@@ -682,52 +798,59 @@ static unsigned raw_aio_no_inline(const RawAIORequest *req)
  *
  * Counted for the turn and not for the request: a request that is sent when
  * another has completed may run, and complete, before the coroutine that sent
- * it returns to the event loop, and so on for ever.
+ * it returns to the event loop, and so on for ever.  From half of it on, the
+ * next turn begins anew; a loop that does less needs no bottom half for it.
  */
 static bool raw_aio_inline_afford(RawAIOContext *home, size_t bytes)
 {
     size_t cost = MAX(bytes, RAW_AIO_INLINE_MIN);
+    bool half = home->inline_left < RAW_AIO_INLINE_TURN / 2;
 
     if (home->inline_left < cost) {
         return false;
     }
     home->inline_left -= cost;
-    if (home->inline_left < RAW_AIO_INLINE_TURN / 2) {
+    if (!half && home->inline_left < RAW_AIO_INLINE_TURN / 2) {
         qemu_bh_schedule(home->turn_bh);
     }
     return true;
 }
 
-/* Whether to ask this time, after what it answered the last times */
-static bool raw_aio_inline_ask(RawAIOInline *in)
+static bool raw_aio_at_once(const RawAIORequest *req)
 {
-    unsigned skip = qatomic_read(&in->skip);
-
-    if (skip) {
-        qatomic_set(&in->skip, skip - 1);
-    }
-    return !skip;
+    return req->file->native && (req->type & QEMU_AIO_READ) &&
+           qatomic_read(&req->desc->at_once) == RAW_AIO_AT_ONCE;
 }
 
-static void raw_aio_inline_answered(RawAIOInline *in, bool served)
+/*
+ * Whether a request is of a kind that can be served inline.
+ *
+ * Not FUA, since RWF_DSYNC waits; not O_DIRECT, which waits for the device,
+ * unless io_submit(2) does so as well.
+ * Writes wait for the end of a freeze of the file system, even with RWF_NOWAIT.
+ * Where an IOThread has to wait so does its disk, as with any other I/O; but the
+ * main loop has a monitor to serve, which may be what is asked to thaw it.
+ */
+static bool raw_aio_may_inline(const RawAIORequest *req)
 {
-    unsigned refused = served ? 0 : qatomic_read(&in->refused) + 1;
+    size_t bytes = raw_aio_bytes(req);
 
-    if (refused > RAW_AIO_INLINE_PATIENCE) {
-        unsigned twice = refused - RAW_AIO_INLINE_PATIENCE - 1;
-
-        qatomic_set(&in->skip, twice < ctz32(RAW_AIO_INLINE_SKIP_MAX)
-                               ? 1U << twice : RAW_AIO_INLINE_SKIP_MAX);
+    if ((req->desc->direct && !raw_aio_at_once(req)) ||
+        !bytes || bytes > RAW_AIO_INLINE_MAX ||
+        (req->type & (RAW_AIO_ZONED | QEMU_AIO_MISALIGNED)) ||
+        raw_aio_makes_stable(req) || req->qiov->niov > IOV_MAX) {
+        return false;
     }
-    if (refused || qatomic_read(&in->refused)) {
-        qatomic_set(&in->refused, refused);
+    if (raw_aio_is_write(req->type) && req->home->ctx == qemu_get_aio_context()) {
+        return false;
     }
+    return raw_aio_has_preadv(req->file) &&
+           !(req->file->disabled &
+             (RAW_AIO_DISABLE_INLINE | RAW_AIO_DISABLE_NOWAIT));
 }
 
 /*
  * Transfer at once what needs no wait.  Advances req->done.
- *
- * Not FUA, since RWF_DSYNC waits; not O_DIRECT, which has the native tier.
  *
  * Returns: whether the request is complete
  */
@@ -735,28 +858,38 @@ static bool raw_aio_try_inline(RawAIORequest *req)
 {
     RawAIOFile *f = req->file;
     RawAIODesc *desc = req->desc;
+    RawAIOContext *home = req->home;
     size_t bytes = raw_aio_bytes(req);
-    RawAIOInline *in;
+    int rwf = desc->direct ? 0 : RAW_AIO_RWF_NOWAIT;
+    RawAIOHint *hint;
+    int64_t stalled_ns;
     ssize_t len;
     int ret;
 
-    if (desc->direct || (req->type & QEMU_AIO_FLUSH) || !bytes ||
-        bytes > RAW_AIO_INLINE_MAX || raw_aio_makes_stable(req) ||
-        (req->type & (RAW_AIO_ZONED | QEMU_AIO_MISALIGNED)) ||
-        req->qiov->niov > IOV_MAX || !raw_aio_has_preadv(f) ||
-        (f->disabled & (RAW_AIO_DISABLE_INLINE | RAW_AIO_DISABLE_NOWAIT)) ||
+    if (!raw_aio_may_inline(req) ||
         raw_aio_knows(desc, raw_aio_no_inline(req))) {
         return false;
     }
-    in = raw_aio_is_write(req->type) ? &desc->inline_write : &desc->inline_read;
-    if (!raw_aio_inline_ask(in) || !raw_aio_inline_afford(req->home, bytes)) {
+    hint = raw_aio_is_write(req->type) ? &desc->inline_write
+                                       : &desc->inline_read;
+    if (!raw_aio_hint_ask(hint) || raw_aio_is_slow(desc)) {
+        trace_raw_aio_inline_skip(f, req, "mostly in vain");
+        return false;
+    }
+    if (!raw_aio_inline_afford(home, bytes)) {
+        trace_raw_aio_inline_skip(f, req, "enough for this turn");
         return false;
     }
 
+    raw_aio_watch_begin(&home->watch);
     len = raw_aio_transfer(req, req->qiov->iov, req->qiov->niov, req->offset,
-                           RAW_AIO_RWF_NOWAIT);
+                           rwf);
+    stalled_ns = raw_aio_watch_end(&home->watch);
     ret = len < 0 ? -errno : 0;
-    raw_aio_inline_answered(in, len == bytes);
+    if (unlikely(stalled_ns)) {
+        raw_aio_stalled(f, desc, stalled_ns);
+    }
+    raw_aio_hint_answer(hint, len == bytes);
     if (len == bytes) {
         req->partial = true; /* Nothing can be cancelled any more. */
         return true;
@@ -765,7 +898,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     /* Whatever it was: the pool does the rest without the flag, and decides. */
     if (ret < 0) {
         trace_raw_aio_inline_refused(f, req, ret);
-        if (raw_aio_means_unsupported(ret)) {
+        if (rwf && (raw_aio_means_unsupported(ret) || ret == -EIO)) {
             req->suspect = raw_aio_no_inline(req);
         }
     } else {
@@ -802,6 +935,18 @@ static unsigned raw_aio_no_native(const RawAIORequest *req)
                                        : RAW_AIO_NO_READ_NATIVE;
 }
 
+static unsigned raw_aio_no_iocbv(const RawAIORequest *req)
+{
+    return raw_aio_is_write(req->type) ? RAW_AIO_NO_WRITE_IOCBV
+                                       : RAW_AIO_NO_READ_IOCBV;
+}
+
+static RawAIOHint *raw_aio_native_hint(const RawAIORequest *req)
+{
+    return raw_aio_is_write(req->type) ? &req->desc->native_write
+                                       : &req->desc->native_read;
+}
+
 static void raw_aio_native_short(RawAIORequest *req, size_t len)
 {
     trace_raw_aio_short(req->file, req->type, req->offset, raw_aio_bytes(req),
@@ -815,6 +960,8 @@ static void raw_aio_native_short(RawAIORequest *req, size_t len)
     req->partial = true;
     raw_aio_begin_pool(req);
 }
+
+static bool raw_aio_begin_by_worker(RawAIORequest *req);
 
 static void raw_aio_native_failed(RawAIORequest *req, int ret)
 {
@@ -841,29 +988,131 @@ static void raw_aio_native_failed(RawAIORequest *req, int ret)
         return;
     }
 
-    if (raw_aio_means_unsupported(ret)) {
+    trace_raw_aio_native_refused(req->file, req, ret);
+    raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
+    if (ret == -EAGAIN && req->nowait && !req->laio.refused) {
+        /*
+         * It would have to wait for a lock or an allocation, but hardly for
+         * the device: so a worker only submits it.  A write that allocates
+         * holds the lock of the inode until then, not until it is done.
+         */
+        raw_aio_hint_answer(raw_aio_native_hint(req), false);
+        if (raw_aio_begin_by_worker(req)) {
+            return;
+        }
+    } else if (ret == -EINVAL && req->laio.refused && !req->array &&
+               req->qiov && req->qiov->niov > 1) {
+        /* So io_submit() says that it does not know an opcode. */
+        req->suspect = raw_aio_no_iocbv(req);
+    } else if (raw_aio_means_unsupported(ret)) {
         req->suspect = req->nowait ? raw_aio_no_nowait(req)
                                    : raw_aio_no_native(req);
     } else if (req->nowait && ret == -EIO) {
         /* Here EIO means a wait, so without the flag the loop would wait. */
         req->suspect = raw_aio_no_native(req);
     }
-    trace_raw_aio_native_refused(req->file, req, ret);
-    raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
     raw_aio_begin_pool(req);
+}
+
+static void raw_aio_native_done(RawAIORequest *req, ssize_t res)
+{
+    if (unlikely(req->laio.stalled_ns)) {
+        raw_aio_stalled(req->file, req->desc, req->laio.stalled_ns);
+    }
+    if (res < 0) {
+        raw_aio_native_failed(req, res);
+        return;
+    }
+    if (req->nowait) {
+        raw_aio_hint_answer(raw_aio_native_hint(req), true);
+    } else if (req->type & QEMU_AIO_READ) {
+        unsigned n = qatomic_read(&req->desc->at_once);
+
+        qatomic_set(&req->desc->at_once, !req->laio.at_once ? 0 :
+                                         MIN(n + 1, RAW_AIO_AT_ONCE));
+    }
+    if (res < raw_aio_bytes(req)) {
+        raw_aio_native_short(req, res);
+    } else {
+        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, 0);
+    }
 }
 
 static void raw_aio_native_cb(void *opaque, ssize_t res)
 {
     RawAIORequest *req = opaque;
 
-    if (res < 0) {
-        raw_aio_native_failed(req, res);
-    } else if (res < raw_aio_bytes(req)) {
-        raw_aio_native_short(req, res);
-    } else {
-        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, 0);
+    if (req->with_worker) {
+        req->landed = true;
+        req->landed_res = res;
+        return;
     }
+    raw_aio_native_done(req, res);
+}
+
+/* PAIOFunc */
+static int raw_aio_submit_in_worker(void *opaque)
+{
+    RawAIORequest *req = opaque;
+
+    return raw_laio_submit_reserved(&req->laio);
+}
+
+static void raw_aio_submitted_cb(void *opaque, int ret)
+{
+    RawAIORequest *req = opaque;
+
+    req->with_worker = false;
+    if (ret == 0) {
+        raw_aio_count(req->file, RAW_AIO_NATIVE_BY_WORKER);
+        if (req->landed) {
+            raw_aio_native_done(req, req->landed_res);
+        }
+        return;
+    }
+    raw_laio_unreserve(req->home->ring, &req->laio);
+    if (ret == -ECANCELED) {
+        raw_aio_end(req, RAW_AIO_NATIVE_SERVED, ret);
+        return;
+    }
+    /* Too little room in the kernel, or whatever: a worker can always do it. */
+    trace_raw_aio_native_refused(req->file, req, ret);
+    raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
+    raw_aio_begin_pool(req);
+}
+
+/*
+ * Have a worker submit the request without RWF_NOWAIT.
+ *
+ * Returns: false if the ring can't take it
+ */
+static bool raw_aio_begin_by_worker(RawAIORequest *req)
+{
+    QEMUIOVector *qiov = req->qiov;
+
+    req->nowait = false;
+    if (req->array) {
+        return false;
+    }
+    raw_laio_prep_rw(&req->laio, raw_aio_is_write(req->type), req->desc->fd,
+                     qiov->iov, qiov->niov, req->offset, 0, false);
+    if (!raw_laio_reserve(req->home->ring, &req->laio)) {
+        return false;
+    }
+    trace_raw_aio_begin_by_worker(req->file, req);
+    req->laio.cb = raw_aio_native_cb;
+    req->laio.opaque = req;
+    req->with_worker = true;
+    req->pool = (PAIORequest) {
+        .func = raw_aio_submit_in_worker,
+        .arg = req,
+        .class = PAIO_NORMAL,
+        .lane = raw_aio_is_write(req->type) ? req->desc->lane : 0,
+        .cb = raw_aio_submitted_cb,
+        .opaque = req,
+    };
+    paio_submit(req->home->pool, &req->pool);
+    return true;
 }
 
 /*
@@ -893,12 +1142,26 @@ static bool raw_aio_begin_native(RawAIORequest *req)
         raw_aio_count(f, RAW_AIO_NATIVE_REFUSED);
         return false;
     }
-    stat64_max(&f->stats[RAW_AIO_RING_SIZE], raw_laio_entries(ring));
+    if (unlikely(stat64_get(&f->stats[RAW_AIO_RING_SIZE]) <
+                 raw_laio_entries(ring))) {
+        stat64_max(&f->stats[RAW_AIO_RING_SIZE], raw_laio_entries(ring));
+    }
 
     req->nowait = RAW_AIO_HAVE_IOCB_FLAGS && !is_flush &&
                   !raw_aio_once_only(req) &&
                   !(f->disabled & RAW_AIO_DISABLE_NOWAIT) &&
                   !raw_aio_knows(desc, raw_aio_no_nowait(req));
+    req->array = !is_flush && req->qiov->niov > 1 &&
+                 ((f->disabled & RAW_AIO_DISABLE_IOCBV) ||
+                  raw_aio_knows(desc, raw_aio_no_iocbv(req)));
+    if (req->array && raw_aio_once_only(req)) {
+        return false;
+    }
+    if (!is_flush && !raw_aio_once_only(req) &&
+        (raw_aio_is_slow(desc) ||
+         (req->nowait && !raw_aio_hint_ask(raw_aio_native_hint(req))))) {
+        return raw_aio_begin_by_worker(req);
+    }
 
     trace_raw_aio_begin_native(f, req, req->nowait);
     if (is_flush) {
@@ -906,7 +1169,7 @@ static bool raw_aio_begin_native(RawAIORequest *req)
     } else {
         raw_laio_prep_rw(&req->laio, raw_aio_is_write(req->type), desc->fd,
                          req->qiov->iov, req->qiov->niov, req->offset,
-                         req->nowait ? RAW_AIO_RWF_NOWAIT : 0, false);
+                         req->nowait ? RAW_AIO_RWF_NOWAIT : 0, req->array);
     }
     req->laio.cb = raw_aio_native_cb;
     req->laio.opaque = req;
@@ -1098,6 +1361,7 @@ static unsigned raw_aio_parse_switches(const char *list)
         { "native", RAW_AIO_DISABLE_NATIVE },
         { "nowait", RAW_AIO_DISABLE_NOWAIT },
         { "preadv", RAW_AIO_DISABLE_PREADV },
+        { "iocbv", RAW_AIO_DISABLE_IOCBV },
     };
     g_auto(GStrv) words = g_strsplit(list, ",", -1);
     unsigned disabled = 0;
@@ -1112,7 +1376,7 @@ static unsigned raw_aio_parse_switches(const char *list)
         }
         if (!bit && **word) {
             warn_report_once("QEMU_RAW_AIO_DISABLE: '%s' is not one of inline, "
-                             "native, nowait, preadv", *word);
+                             "native, nowait, preadv, iocbv", *word);
         }
         disabled |= bit;
     }
@@ -1165,6 +1429,7 @@ BlockStatsRawAio *raw_aio_query_stats(RawAIOFile *f)
         .inline_refused = stat64_get(&f->stats[RAW_AIO_INLINE_REFUSED]),
         .native_served = stat64_get(&f->stats[RAW_AIO_NATIVE_SERVED]),
         .native_refused = stat64_get(&f->stats[RAW_AIO_NATIVE_REFUSED]),
+        .native_by_worker = stat64_get(&f->stats[RAW_AIO_NATIVE_BY_WORKER]),
         .pool_served = stat64_get(&f->stats[RAW_AIO_POOL_SERVED]),
         .slow_submissions = stat64_get(&f->stats[RAW_AIO_SLOW_SUBMISSIONS]),
         .short_transfers = stat64_get(&f->stats[RAW_AIO_SHORT_TRANSFERS]),

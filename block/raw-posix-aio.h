@@ -29,6 +29,7 @@ typedef enum RawAIOStat {
     RAW_AIO_INLINE_REFUSED,
     RAW_AIO_NATIVE_SERVED,
     RAW_AIO_NATIVE_REFUSED,
+    RAW_AIO_NATIVE_BY_WORKER,
     RAW_AIO_POOL_SERVED,
     RAW_AIO_SLOW_SUBMISSIONS,
     RAW_AIO_SHORT_TRANSFERS,
@@ -202,6 +203,7 @@ typedef enum RawAIOSwitch {
     RAW_AIO_DISABLE_NATIVE = 1 << 1,    /* "native": the native tier */
     RAW_AIO_DISABLE_NOWAIT = 1 << 2,    /* "nowait": RWF_NOWAIT */
     RAW_AIO_DISABLE_PREADV = 1 << 3,    /* "preadv": preadv and pwritev */
+    RAW_AIO_DISABLE_IOCBV = 1 << 4,     /* "iocbv": IOCB_CMD_PREADV, PWRITEV */
 } RawAIOSwitch;
 
 #endif /* BLOCK_RAW_POSIX_AIO_H */
