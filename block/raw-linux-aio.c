@@ -7,8 +7,8 @@
  *
  * All rings of a host share fs.aio-max-nr, so a ring starts with one small
  * context of the kernel and gets another, twice as large, each time its queue
- * is deeper than what it has.  A context can't be resized, and nothing is gained
- * by giving one back: a queue that was deep once will be again.
+ * is deeper than what it has.  A context can't be resized, and nothing is
+ * gained by giving one back: a queue that was deep once will be again.
  *
  * Submission and completion never call each other: raw_laio_flush() only
  * submits, and whatever completes, even within io_submit(2), waits for
@@ -86,8 +86,8 @@ typedef struct RawLaioShared {
 } RawLaioShared;
 
 /*
- * A context of the kernel.  Owned by the home thread, but for "kernel", which is
- * constant and used by workers too.
+ * A context of the kernel.  Owned by the home thread, but for "kernel", which
+ * is constant and used by workers too.
  */
 typedef struct RawLaioContext {
     io_context_t kernel;

@@ -828,8 +828,8 @@ static bool raw_aio_at_once(const RawAIORequest *req)
  * Not FUA, since RWF_DSYNC waits; not O_DIRECT, which waits for the device,
  * unless io_submit(2) does so as well.
  * Writes wait for the end of a freeze of the file system, even with RWF_NOWAIT.
- * Where an IOThread has to wait so does its disk, as with any other I/O; but the
- * main loop has a monitor to serve, which may be what is asked to thaw it.
+ * Where an IOThread has to wait so does its disk, as with any other I/O; but
+ * the main loop has a monitor to serve, which may be what is asked to thaw it.
  */
 static bool raw_aio_may_inline(const RawAIORequest *req)
 {
@@ -841,7 +841,8 @@ static bool raw_aio_may_inline(const RawAIORequest *req)
         raw_aio_makes_stable(req) || req->qiov->niov > IOV_MAX) {
         return false;
     }
-    if (raw_aio_is_write(req->type) && req->home->ctx == qemu_get_aio_context()) {
+    if (raw_aio_is_write(req->type) &&
+        req->home->ctx == qemu_get_aio_context()) {
         return false;
     }
     return raw_aio_has_preadv(req->file) &&
