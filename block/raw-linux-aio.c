@@ -136,6 +136,27 @@ static void raw_laio_flush(void *opaque);
  * Contexts
  */
 
+void raw_laio_warn(Error *err, const char *what)
+{
+    static bool warned;
+
+    /* Atomic: each AioContext can come here. */
+    if (qatomic_xchg(&warned, true)) {
+        error_free(err);
+    } else {
+        warn_reportf_err(err, "%s", what);
+    }
+}
+
+static void raw_laio_setup_error(int ret, Error **errp)
+{
+    error_setg_errno(errp, -ret, "Cannot create a Linux AIO context");
+    if (ret == -EAGAIN) {
+        error_append_hint(errp, "The limit fs.aio-max-nr is used up; "
+                          "raise it with sysctl.\n");
+    }
+}
+
 static int raw_laio_add_context(RawLaioRing *ring)
 {
     RawLaioContext *c = &ring->contexts[ring->nr_contexts];
@@ -169,11 +190,11 @@ static bool raw_laio_grow(RawLaioRing *ring)
         return false;
     }
     ret = raw_laio_add_context(ring);
-    if (ret == -EAGAIN) {
-        warn_report_once("The limit fs.aio-max-nr is used up: queues of "
-                         "aio=native stay short; raise it with sysctl");
-    }
     if (ret < 0) {
+        Error *err = NULL;
+
+        raw_laio_setup_error(ret, &err);
+        raw_laio_warn(err, "the queues of aio=native stay short: ");
         ring->grow_again_ns = get_clock() + RAW_LAIO_GROW_AGAIN_NS;
     }
     return ret == 0;
@@ -753,11 +774,7 @@ RawLaioRing *raw_laio_new(AioContext *ctx, Error **errp)
     ring->ctx = ctx;
     ret = raw_laio_add_context(ring);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot create a Linux AIO context");
-        if (ret == -EAGAIN) {
-            error_append_hint(errp, "The limit fs.aio-max-nr is used up; "
-                              "raise it with sysctl.\n");
-        }
+        raw_laio_setup_error(ret, errp);
         event_notifier_cleanup(&ring->notifier);
         return NULL;
     }

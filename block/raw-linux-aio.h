@@ -97,6 +97,15 @@ struct RawLaioRequest {
 RawLaioRing *raw_laio_new(AioContext *ctx, Error **errp);
 
 /**
+ * raw_laio_warn: Say once in a process that Linux AIO falls short.
+ * @err: why, and what to do; freed
+ * @what: what follows from it, put before @err
+ *
+ * May be called in any thread.
+ */
+void raw_laio_warn(Error *err, const char *what);
+
+/**
  * raw_laio_free: Free a ring without requests.
  *
  * May be called in any thread once nothing can submit any more.

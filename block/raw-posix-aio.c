@@ -460,19 +460,13 @@ static RawLaioRing *raw_aio_context_ring(RawAIOContext *home)
 {
     if (unlikely(!home->ring_tried)) {
         Error *local_err = NULL;
-        static bool warned;
 
         home->ring_tried = true;
         home->ring = raw_laio_new(home->ctx, &local_err);
         if (!home->ring) {
             trace_raw_aio_no_ring(home->ctx, error_get_pretty(local_err));
-            /* Atomic: each AioContext can come here.  Once is enough. */
-            if (!qatomic_xchg(&warned, true)) {
-                warn_reportf_err(local_err, "aio=native is not available, "
-                                 "worker threads do the I/O: ");
-            } else {
-                error_free(local_err);
-            }
+            raw_laio_warn(local_err, "aio=native is not available, worker "
+                          "threads do the I/O: ");
         }
     }
     return home->ring;
