@@ -278,7 +278,6 @@ static RawLaioIocb *raw_laio_context_next(RawLaioContext *c)
         iocb->res = (long)event->res;
     }
     c->in_flight--;
-    iocb->req->refused = false;
     return iocb;
 }
 
@@ -370,8 +369,10 @@ static bool raw_laio_join(RawLaioRing *ring, RawLaioRequest *req, ssize_t *res)
         if (whole) {
             whole = part->res == part->iocb.u.c.nbytes;
             err = MIN(part->res, 0);
+            req->refused = part->state == RAW_LAIO_FAILED;
             req->done += MAX(part->res, 0);
         }
+        part->state = RAW_LAIO_IDLE;
         if (part != &req->own) {
             QSIMPLEQ_INSERT_HEAD(&ring->spare, part, part);
         }
@@ -424,10 +425,13 @@ static void raw_laio_dispatch(RawLaioRing *ring)
             qemu_bh_schedule(ring->flush_bh);
         }
         trace_raw_laio_complete(ring, req, res);
-        iocb->state = RAW_LAIO_IDLE;
-        if (!req->iov || raw_laio_join(ring, req, &res)) {
-            req->cb(req->opaque, res);
+        if (!req->iov) {
+            req->refused = iocb->state == RAW_LAIO_FAILED;
+            iocb->state = RAW_LAIO_IDLE;
+        } else if (!raw_laio_join(ring, req, &res)) {
+            continue;
         }
+        req->cb(req->opaque, res);
     }
 
     if (raw_laio_nr_done(ring)) {
@@ -651,7 +655,6 @@ void raw_laio_submit(RawLaioRing *ring, RawLaioRequest *req,
     bool first = !ring->nr_pending;
 
     req->own.req = req;
-    req->refused = true; /* raw_laio_context_next() knows better */
     req->stalled_ns = 0;
     if (req->iov) {
         raw_laio_split(ring, req);
@@ -728,7 +731,6 @@ bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req)
     req->own.req = req;
     req->own.context = c;
     req->own.state = RAW_LAIO_KERNEL;
-    req->refused = true;
     req->at_once = false;
     req->stalled_ns = 0;
     return true;

@@ -67,7 +67,10 @@ struct RawLaioRequest {
     RawLaioFunc *cb;
     void *opaque;
 
-    /* Valid in @cb: the kernel never took it, so nothing has happened. */
+    /*
+     * Valid in @cb if that is about an error: the kernel never took it, so
+     * nothing has happened.  Of an array: to the element that the error is of.
+     */
     bool refused;
     /* Valid in @cb: it was done when io_submit(2) returned. */
     bool at_once;
