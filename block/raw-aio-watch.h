@@ -32,8 +32,12 @@
  */
 #define RAW_AIO_WATCH_NS (100 * SCALE_US)
 
-/* Owned by the thread whose calls are watched. */
+/*
+ * Owned by the home thread of an AioContext, which for the main context is
+ * whoever holds the BQL.
+ */
 typedef struct RawAIOWatch {
+    pthread_t thread;   /* whose context switches were read */
     int64_t begin_ns;   /* of the call that is watched now */
     int64_t read_ns;    /* when the context switches were read */
     long switches;      /* voluntary ones, or -1 if that can't be told */
@@ -50,6 +54,7 @@ static inline void raw_aio_watch_read(RawAIOWatch *watch, int64_t now)
 #else
     watch->switches = -1;
 #endif
+    watch->thread = pthread_self();
     watch->read_ns = now;
 }
 
@@ -57,7 +62,8 @@ static inline void raw_aio_watch_read(RawAIOWatch *watch, int64_t now)
 static inline void raw_aio_watch_begin(RawAIOWatch *watch)
 {
     watch->begin_ns = get_clock();
-    if (watch->begin_ns - watch->read_ns > RAW_AIO_WATCH_NS) {
+    if (watch->begin_ns - watch->read_ns > RAW_AIO_WATCH_NS ||
+        !pthread_equal(watch->thread, pthread_self())) {
         raw_aio_watch_read(watch, watch->begin_ns);
     }
 }

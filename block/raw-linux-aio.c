@@ -111,6 +111,8 @@ struct RawLaioRing {
     RawLaioContext contexts[RAW_LAIO_CONTEXTS];
     unsigned nr_contexts;
     unsigned entries;       /* of all of them */
+    unsigned turn;          /* the context that was read last */
+    unsigned nr_reserved;   /* of entries: not finished, submitted by workers */
     int64_t grow_again_ns;  /* not before */
 
     QEMUBH *flush_bh;       /* for nested event loops, see raw_laio_submit() */
@@ -286,21 +288,30 @@ static unsigned raw_laio_nr_done(RawLaioRing *ring)
     return ring->nr_failed + raw_laio_nr_events(ring);
 }
 
-/* There must be one. */
+/*
+ * There must be one.  The contexts take turns: the first one is used most, and
+ * may have something new each time.
+ */
 static RawLaioIocb *raw_laio_next_done(RawLaioRing *ring)
 {
     RawLaioIocb *iocb = QTAILQ_FIRST(&ring->failed);
-    RawLaioContext *c = ring->contexts;
+    RawLaioContext *c;
 
     if (iocb) {
         QTAILQ_REMOVE(&ring->failed, iocb, next);
         ring->nr_failed--;
         return iocb;
     }
-    while (!raw_laio_context_events(c)) {
-        c++;
+    do {
+        ring->turn = (ring->turn + 1) % ring->nr_contexts;
+        c = &ring->contexts[ring->turn];
+    } while (!raw_laio_context_events(c));
+    iocb = raw_laio_context_next(c);
+    if (iocb->reserved) {
+        iocb->reserved = false;
+        ring->nr_reserved--;
     }
-    return raw_laio_context_next(c);
+    return iocb;
 }
 
 /*
@@ -526,6 +537,7 @@ static int raw_laio_submit_some(RawLaioRing *ring, RawLaioContext *c)
     ret = io_submit(c->kernel, n, iocbs);
     stalled_ns = raw_aio_watch_end(&ring->watch);
     if (unlikely(stalled_ns)) {
+        trace_raw_laio_stalled(ring, stalled_ns, mixed);
         if (mixed) {
             ring->alone_until_ns = get_clock() + RAW_LAIO_ALONE_NS;
         } else {
@@ -718,15 +730,34 @@ bool raw_laio_cancel(RawLaioRing *ring, RawLaioRequest *req)
  * Submission by a worker
  */
 
+/* How many iocbs the contexts that there are can take now */
+static unsigned raw_laio_free_room(RawLaioRing *ring)
+{
+    unsigned n = ring->entries;
+
+    for (int i = 0; i < ring->nr_contexts; i++) {
+        n -= ring->contexts[i].in_flight;
+    }
+    return n;
+}
+
 bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req)
 {
-    RawLaioContext *c = raw_laio_room(ring);
+    RawLaioContext *c;
 
     assert(!req->iov);
+    if ((ring->nr_reserved >= ring->entries / 2 ||
+         raw_laio_free_room(ring) <= ring->nr_pending) &&
+        !raw_laio_grow(ring)) {
+        return false;
+    }
+    c = raw_laio_room(ring);
     if (!c) {
         return false;
     }
     c->in_flight++;
+    ring->nr_reserved++;
+    req->own.reserved = true;
     io_set_eventfd(&req->own.iocb, event_notifier_get_fd(&ring->notifier));
     req->own.req = req;
     req->own.context = c;
@@ -751,6 +782,8 @@ int raw_laio_submit_reserved(RawLaioRequest *req)
 void raw_laio_unreserve(RawLaioRing *ring, RawLaioRequest *req)
 {
     req->own.context->in_flight--;
+    ring->nr_reserved--;
+    req->own.reserved = false;
     req->own.state = RAW_LAIO_IDLE;
     if (ring->blocked) {
         ring->blocked = false;

@@ -49,6 +49,7 @@ typedef struct RawLaioIocb {
     RawLaioRequest *req;
     struct RawLaioContext *context; /* valid in RAW_LAIO_KERNEL */
     RawLaioState state;
+    bool reserved;                  /* counts in RawLaioRing.nr_reserved */
     ssize_t res;                    /* valid in RAW_LAIO_FAILED, and after it */
     QTAILQ_ENTRY(RawLaioIocb) next; /* in RawLaioRing.pending or failed */
     QSIMPLEQ_ENTRY(RawLaioIocb) part; /* in RawLaioRequest or RawLaioRing */
@@ -160,8 +161,9 @@ void raw_laio_submit(RawLaioRing *ring, RawLaioRequest *req,
  * raw_laio_reserve: Make room for a request that a worker is to submit.
  * @req: a prepared request, not an array
  *
- * Returns: false if there is no room.  Otherwise raw_laio_submit_reserved()
- * follows, in any thread.
+ * Returns: false if there is no room, or all that there is may be needed for
+ * what is queued or for other files, as nobody knows how long a worker has to
+ * wait.  Otherwise raw_laio_submit_reserved() follows, in any thread.
  */
 bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req);
 

@@ -160,6 +160,7 @@ typedef struct RawAIORequest {
      * tier could not; 0 if that says nothing about the file.
      */
     unsigned suspect;
+    bool tried_inline;      /* and not, or not wholly, served */
     bool nowait;            /* the native attempt has RWF_NOWAIT */
     bool array;             /* ... and one iocb for each element */
     bool partial;           /* another tier has transferred a part, or all */
@@ -891,6 +892,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     }
 
     /* Whatever it was: the pool does the rest without the flag, and decides. */
+    req->tried_inline = true;
     if (ret < 0) {
         trace_raw_aio_inline_refused(f, req, ret);
         if (rwf && (raw_aio_means_unsupported(ret) || ret == -EIO)) {
@@ -974,9 +976,9 @@ static void raw_aio_native_failed(RawAIORequest *req, int ret)
          * With RWF_NOWAIT any error may be about the wait: kernels have said
          * EIO for it (ext4 before 5.5, btrfs before 5.9).  Without it an error
          * is an error, and a failed fdatasync must not be tried again, since
-         * the kernel reports it once.
+         * the kernel reports it once.  A signal is none.
          */
-        retry = req->nowait || raw_aio_means_unsupported(ret);
+        retry = req->nowait || ret == -EINTR || raw_aio_means_unsupported(ret);
     }
     if (!retry) {
         raw_aio_end(req, RAW_AIO_NATIVE_SERVED, ret);
@@ -1071,6 +1073,9 @@ static void raw_aio_submitted_cb(void *opaque, int ret)
         return;
     }
     /* Too little room in the kernel, or whatever: a worker can always do it. */
+    if (ret == -EINVAL && req->qiov->niov > 1) {
+        req->suspect = raw_aio_no_iocbv(req);
+    }
     trace_raw_aio_native_refused(req->file, req, ret);
     raw_aio_count(req->file, RAW_AIO_NATIVE_REFUSED);
     raw_aio_begin_pool(req);
@@ -1152,7 +1157,7 @@ static bool raw_aio_begin_native(RawAIORequest *req)
     if (req->array && raw_aio_once_only(req)) {
         return false;
     }
-    if (!is_flush && !raw_aio_once_only(req) &&
+    if (!is_flush &&
         (raw_aio_is_slow(desc) ||
          (req->nowait && !raw_aio_hint_ask(raw_aio_native_hint(req))))) {
         return raw_aio_begin_by_worker(req);
@@ -1200,7 +1205,7 @@ static bool raw_aio_begin(RawAIORequest *req)
     }
 
     /* 2. native */
-    if (raw_aio_begin_native(req)) {
+    if (!req->tried_inline && raw_aio_begin_native(req)) {
         return false;
     }
 
