@@ -12,6 +12,8 @@
  * error or the rest of a short transfer, is given to the pool once, without
  * RWF_NOWAIT, and that answer counts.  So continuation, the end of the file
  * and the policy for errors stand in one place, the blocking functions below.
+ * Only what the native tier would have to wait for (EAGAIN) is first submitted
+ * again, without the flag, by a worker.
  *
  * docs/architecture.md and docs/errno.md of the series say more.
  *
@@ -868,8 +870,12 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     }
     hint = raw_aio_is_write(req->type) ? &desc->inline_write
                                        : &desc->inline_read;
-    if (!raw_aio_hint_ask(hint) || raw_aio_is_slow(desc)) {
+    if (!raw_aio_hint_ask(hint)) {
         trace_raw_aio_inline_skip(f, req, "mostly in vain");
+        return false;
+    }
+    if (raw_aio_is_slow(desc)) {
+        trace_raw_aio_inline_skip(f, req, "made the event loop wait");
         return false;
     }
     if (!raw_aio_inline_afford(home, bytes)) {
