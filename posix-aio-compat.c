@@ -120,6 +120,7 @@ struct PAIOPool {
     QEMUBH *flush_bh;   /* scheduled and cancelled by the home thread only */
     QEMUBH *done_bh;
     QEMUBH *manage_bh;
+    QEMUBH *linger_bh;  /* scheduled and cancelled by the home thread only */
     int nr_cpus;        /* that this process may use */
 
     /* Owned by the home thread. */
@@ -130,6 +131,8 @@ struct PAIOPool {
     QLIST_HEAD(, PAIOWorker) workers;   /* until they are joined */
     QEMUTimer grow_timer;
     int64_t no_create_before_ns;
+    int64_t linger_until_ns;
+    uint64_t lingers;
 
     /*
      * Finished requests, newest first.  Pushed by workers with cmpxchg, taken
@@ -166,6 +169,7 @@ struct PAIOPool {
     int64_t ran_dry_ns; /* when a worker last found no work; 0: none since */
     int64_t gap_ns;     /* mean time from then to the next hand-over */
     int64_t wake_ns;    /* mean time from waking a worker to its running */
+    int64_t run_ns;     /* mean time that func() takes */
     unsigned dry;       /* how often a worker found no work */
     uint64_t wake_ups;
     uint64_t spins;
@@ -529,6 +533,65 @@ static bool paio_wait_locked(PAIOPool *pool, PAIOWorker *w)
 }
 
 /*
+ * Lingering
+ *
+ * What spinning is for workers, this is for the event loop: to sleep and be
+ * woken by a worker takes longer than a write to the page cache.  The adaptive
+ * polling of the loop does not find out, since how long the loop was blocked,
+ * by which it goes, contains the wake-up.  So when all that is in flight should
+ * be done before it pays to sleep, the loop goes on turning, with its timers
+ * and other handlers, for no longer than a worker would spin.  Like that, never
+ * if the loop is not to poll at all.
+ */
+
+/* Pools whose event loop lingers now; atomic, no ordering needed */
+static int paio_lingerers;
+
+/* How long the event loop should linger for what was just handed over, or 0 */
+static int64_t paio_linger_locked(PAIOPool *pool)
+{
+    int64_t limit = paio_spin_limit_locked(pool);
+
+    return pool->may_spin && pool->in_flight * pool->run_ns < limit ? limit
+                                                                     : 0;
+}
+
+static void paio_linger_end(PAIOPool *pool)
+{
+    if (pool->linger_until_ns) {
+        pool->linger_until_ns = 0;
+        qatomic_dec(&paio_lingerers);
+    }
+}
+
+static void paio_linger_begin(PAIOPool *pool, int64_t until)
+{
+    /* As with paio_spinner_get(): the others are for those who do the work. */
+    if (!pool->linger_until_ns &&
+        qatomic_fetch_inc(&paio_lingerers) >= pool->nr_cpus / 2) {
+        qatomic_dec(&paio_lingerers);
+        return;
+    }
+    pool->linger_until_ns = until;
+    pool->lingers++;
+    qemu_bh_schedule(pool->linger_bh);
+}
+
+static void paio_linger_bh(void *opaque)
+{
+    PAIOPool *pool = opaque;
+
+    if (!pool->in_flight ||
+        qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= pool->linger_until_ns) {
+        paio_linger_end(pool);
+        return;
+    }
+    /* Perhaps the worker waits for this CPU. */
+    sched_yield();
+    qemu_bh_schedule(pool->linger_bh);
+}
+
+/*
  * Workers
  */
 
@@ -571,18 +634,15 @@ static void paio_run_unlocked(PAIOPool *pool, PAIORequest *req)
     /* After paio_run() the request may be gone. */
     PAIOLane *lane = req->lane ? paio_lane(pool, req->lane) : NULL;
     bool slow = req->class == PAIO_SLOW;
-    int64_t start = 0, end = 0;
+    int64_t start, end;
 
     qemu_mutex_unlock(&pool->lock);
-    if (lane) {
-        start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    }
+    start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     paio_run(pool, req);
-    if (lane) {
-        end = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    }
+    end = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     qemu_mutex_lock(&pool->lock);
 
+    paio_average(&pool->run_ns, end - start, 4 * PAIO_SPIN_MAX_NS);
     if (slow) {
         pool->nr_slow--;
     }
@@ -843,7 +903,7 @@ static void paio_hand_over(void *opaque)
     int nr_woken;
     bool none, lacking;
     PAIORequest *req;
-    int64_t now;
+    int64_t now, linger_ns;
     unsigned n = 0;
 
     qemu_bh_cancel(pool->flush_bh);
@@ -866,6 +926,8 @@ static void paio_hand_over(void *opaque)
         nr_woken = paio_rouse_some_locked(pool, woken);
         none = !pool->nr_workers;
         lacking = paio_short_of_workers_locked(pool) || pool->nr_waiting;
+        /* Not for a worker that has to wake up first. */
+        linger_ns = nr_woken || none ? 0 : paio_linger_locked(pool);
     }
     /* Read by paio_watch_arrivals(), whose caller then wants the lock. */
     qatomic_inc(&pool->arrivals);
@@ -880,6 +942,9 @@ static void paio_hand_over(void *opaque)
     }
     trace_paio_hand_over(pool, n);
 
+    if (linger_ns) {
+        paio_linger_begin(pool, now + linger_ns);
+    }
     if (none) {
         qemu_bh_schedule(pool->manage_bh);
     } else if (lacking) {
@@ -1099,6 +1164,7 @@ void paio_pool_get_info(PAIOPool *pool, PAIOPoolInfo *info)
                   pool->nr_waiting,
         .wake_ups = pool->wake_ups,
         .spins = pool->spins,
+        .lingers = pool->lingers,
         .create_failed = pool->create_failed,
         .run_at_home = pool->run_at_home,
     };
@@ -1112,6 +1178,7 @@ PAIOPool *paio_pool_new(AioContext *ctx)
     pool->flush_bh = aio_bh_new(ctx, paio_hand_over, pool);
     pool->done_bh = aio_bh_new(ctx, paio_done_bh, pool);
     pool->manage_bh = aio_bh_new(ctx, paio_manage_bh, pool);
+    pool->linger_bh = aio_bh_new(ctx, paio_linger_bh, pool);
     aio_timer_init(ctx, &pool->grow_timer, QEMU_CLOCK_REALTIME, SCALE_NS,
                    paio_grow_timer_cb, pool);
     QTAILQ_INIT(&pool->incoming);
@@ -1131,6 +1198,7 @@ PAIOPool *paio_pool_new(AioContext *ctx)
     pool->nr_cpus = g_get_num_processors();
     /* To be proved otherwise */
     pool->gap_ns = 4 * PAIO_SPIN_MAX_NS;
+    pool->run_ns = 4 * PAIO_SPIN_MAX_NS;
     return pool;
 }
 
@@ -1139,6 +1207,7 @@ void paio_pool_free(PAIOPool *pool)
     assert(!pool->in_flight);
 
     timer_del(&pool->grow_timer);
+    paio_linger_end(pool);
     WITH_QEMU_LOCK_GUARD(&pool->lock) {
         pool->stopping = true;
         while (pool->nr_idle) {
@@ -1152,6 +1221,7 @@ void paio_pool_free(PAIOPool *pool)
     qemu_bh_delete(pool->flush_bh);
     qemu_bh_delete(pool->done_bh);
     qemu_bh_delete(pool->manage_bh);
+    qemu_bh_delete(pool->linger_bh);
     qemu_mutex_destroy(&pool->lock);
     g_free(pool);
 }

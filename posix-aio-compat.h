@@ -103,6 +103,8 @@ struct PAIORequest {
  * @queued: requests no worker has taken yet
  * @wake_ups: how often an idle worker was woken
  * @spins: how often a worker without work looked for more before it slept
+ * @lingers: how often the event loop turned instead of sleeping, as the result
+ *           was to come soon; home thread only
  * @create_failed: thread creations that failed
  * @run_at_home: requests run by the home thread as no worker could exist
  */
@@ -113,6 +115,7 @@ typedef struct PAIOPoolInfo {
     int queued;
     uint64_t wake_ups;
     uint64_t spins;
+    uint64_t lingers;
     uint64_t create_failed;
     uint64_t run_at_home;
 } PAIOPoolInfo;

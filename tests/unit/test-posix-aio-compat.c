@@ -3707,6 +3707,118 @@ static void test_spin_all_pools(void)
     spin_end(&tp[limit]);
 }
 
+/*
+ * Lingering: the event loop turns when what was just handed over will be done
+ * soon, and a worker is there that need not wake up.
+ */
+
+static int linger_slow_func(TestReq *r)
+{
+    clock_turn(NANOSECONDS_PER_SECOND);
+    return r->value;
+}
+
+static void linger_slow_round(TestPool *tp)
+{
+    uint64_t spins = pool_info(tp).spins;
+    TestReq *r = reqs_new(tp, 1);
+
+    r->func = linger_slow_func;
+    clock_followed = true;
+    reqs_hand_over(r, 1);
+    clock_followed = false;
+    WAIT_LOOP(tp->ctx, r->completions);
+    WAIT_STATE(tp->ctx,
+               pool_info(tp).idle + (pool_info(tp).spins > spins) == 1);
+    g_free(r);
+}
+
+static void test_linger_when(void)
+{
+    TestPool tp;
+    uint64_t before;
+
+    if (!spin_set_up(&tp, 1)) {
+        return;
+    }
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, 0);
+    spin_begin(&tp, 1);
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(spin_round(&tp, 1, 0));
+    }
+    before = pool_info(&tp).lingers;
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(spin_round(&tp, 1, 0));
+    }
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, before + SPIN_ROUNDS);
+
+    /* Not for a worker that sleeps */
+    spin_round(&tp, 1, NANOSECONDS_PER_SECOND);
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, before + SPIN_ROUNDS);
+
+    /* Not when requests take long */
+    spin_begin(&tp, 1);
+    for (int i = 0; i < SPIN_STREAK; i++) {
+        linger_slow_round(&tp);
+    }
+    before = pool_info(&tp).lingers;
+    for (int i = 0; i < SPIN_STREAK; i++) {
+        linger_slow_round(&tp);
+    }
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, before);
+
+    /* Not when the event loop is not to poll */
+    spin_begin(&tp, 1);
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        spin_round(&tp, 1, 0);
+    }
+    poll_set(tp.ctx, 0);
+    before = pool_info(&tp).lingers;
+    for (int i = 0; i < 10; i++) {
+        spin_round(&tp, 1, 0);
+    }
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, before);
+    spin_end(&tp);
+}
+
+/* It ends after a while: then the loop may sleep. */
+static void test_linger_ends(void)
+{
+    TestPool tp;
+    uint64_t before;
+    TestReq *r;
+    Gate gate;
+
+    if (!spin_set_up(&tp, 1)) {
+        return;
+    }
+    spin_begin(&tp, 1);
+    for (int i = 0; i < SPIN_ROUNDS; i++) {
+        g_assert(spin_round(&tp, 1, 0));
+    }
+    before = pool_info(&tp).lingers;
+    gate_init(&gate);
+    r = reqs_new_gated(&tp, 1, &gate, PAIO_NORMAL);
+    /* To be past it at once would prove nothing. */
+    clock_turn(get_clock() - qatomic_read(&clock_stopped_ns));
+    clock_followed = true;
+    reqs_hand_over(r, 1);
+    g_assert_cmpuint(pool_info(&tp).lingers, ==, before + 1);
+    for (int i = 0; i < 100; i++) {
+        g_assert(aio_poll(tp.ctx, false));
+    }
+    clock_turn(POLL_NS);
+    while (aio_poll(tp.ctx, false)) {
+        /* The watchdog ends one that does not come to its end. */
+    }
+    clock_followed = false;
+    gate_open(&gate);
+    WAIT_LOOP(tp.ctx, r->completions);
+    g_free(r);
+    gate_destroy(&gate);
+    spin_end(&tp);
+}
+
 /* With the clock that everybody has: only that no request is lost */
 static void test_spin_chain(void)
 {
@@ -4243,6 +4355,8 @@ static const Case cases[] = {
     { "spin/one", test_spin_one, IN_BOTH },
     { "spin/all-pools", test_spin_all_pools, IN_BOTH },
     { "spin/chain", test_spin_chain, IN_BOTH },
+    { "linger/when", test_linger_when, IN_BOTH },
+    { "linger/ends", test_linger_ends, IN_BOTH },
     { "spin/surplus", test_spin_surplus, IN_BOTH },
     { "spin/free", test_spin_free, IN_BOTH },
     { "spin/free-random", test_spin_free_random, IN_BOTH },
