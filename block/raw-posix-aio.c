@@ -127,6 +127,8 @@ struct RawAIODesc {
     unsigned slow_level;
 };
 
+typedef struct RawAIOCB RawAIOCB;
+
 /* What an AioContext has for all its files; owned by its home thread */
 typedef struct RawAIOContext {
     AioContextHook hook;
@@ -135,6 +137,10 @@ typedef struct RawAIOContext {
     QEMUBH *turn_bh;        /* constant */
     size_t inline_left;     /* bytes until the next turn of the event loop */
     RawAIOWatch watch;      /* of the inline tier */
+    QEMUBH *hits_bh;        /* constant */
+    /* Of the callback form: served inline, callback not called yet */
+    QSIMPLEQ_HEAD(, RawAIOCB) hits;
+    unsigned nr_hits;
 #ifdef CONFIG_LINUX_AIO
     RawLaioRing *ring;
     bool ring_tried;
@@ -401,6 +407,7 @@ static void raw_aio_context_free(AioContextHook *hook)
 #endif
     paio_pool_free(home->pool);
     qemu_bh_delete(home->turn_bh);
+    qemu_bh_delete(home->hits_bh);
     g_free(home);
 }
 
@@ -419,6 +426,8 @@ static void raw_aio_turn_bh(void *opaque)
     home->inline_left = RAW_AIO_INLINE_TURN;
 }
 
+static void raw_aio_hits_bh(void *opaque);
+
 static RawAIOContext *raw_aio_context_new(AioContext *ctx)
 {
     RawAIOContext *home = g_new0(RawAIOContext, 1);
@@ -429,6 +438,8 @@ static RawAIOContext *raw_aio_context_new(AioContext *ctx)
     home->pool = paio_pool_new(ctx);
     home->turn_bh = aio_bh_new(ctx, raw_aio_turn_bh, home);
     home->inline_left = RAW_AIO_INLINE_TURN;
+    home->hits_bh = aio_bh_new(ctx, raw_aio_hits_bh, home);
+    QSIMPLEQ_INIT(&home->hits);
 
     qatomic_store_release(&ctx->raw_aio, &home->hook);
     /*
@@ -1292,10 +1303,11 @@ int coroutine_fn raw_aio_co_run(RawAIOFile *f, PAIOClass class, int *fd,
  * The callback form
  */
 
-typedef struct RawAIOCB {
+struct RawAIOCB {
     BlockAIOCB common;
     RawAIORequest req;
-} RawAIOCB;
+    QSIMPLEQ_ENTRY(RawAIOCB) next;  /* in RawAIOContext.hits */
+};
 
 static void raw_aio_cancel_async(BlockAIOCB *common)
 {
@@ -1327,9 +1339,25 @@ static void raw_aio_acb_cb(void *opaque, int ret)
     aio_wait_kick();
 }
 
-static void raw_aio_acb_done_bh(void *opaque)
+/*
+ * Deliver, in order, what was served inline before the bottom half ran.  As in
+ * paio_done_bh(), a callback may run a nested loop that waits for the next one,
+ * and what it sends is for the next turn.
+ */
+static void raw_aio_hits_bh(void *opaque)
 {
-    raw_aio_acb_cb(opaque, 0);
+    RawAIOContext *home = opaque;
+    unsigned budget = home->nr_hits;
+    RawAIOCB *acb;
+
+    while (budget-- && (acb = QSIMPLEQ_FIRST(&home->hits))) {
+        QSIMPLEQ_REMOVE_HEAD(&home->hits, next);
+        home->nr_hits--;
+        if (home->nr_hits) {
+            qemu_bh_schedule(home->hits_bh);
+        }
+        raw_aio_acb_cb(acb, 0);
+    }
 }
 
 BlockAIOCB *raw_aio_submit(RawAIOFile *f, int type, int64_t offset,
@@ -1348,7 +1376,11 @@ BlockAIOCB *raw_aio_submit(RawAIOFile *f, int type, int64_t offset,
         .opaque = acb,
     };
     if (raw_aio_begin(&acb->req)) {
-        aio_bh_schedule_oneshot(acb->req.home->ctx, raw_aio_acb_done_bh, acb);
+        RawAIOContext *home = acb->req.home;
+
+        QSIMPLEQ_INSERT_TAIL(&home->hits, acb, next);
+        home->nr_hits++;
+        qemu_bh_schedule(home->hits_bh);
     }
     return &acb->common;
 }

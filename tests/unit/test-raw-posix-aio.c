@@ -4224,6 +4224,48 @@ static void test_inline_budget(int unused)
     }
 }
 
+/* In the callback form, what was served inline completes in order. */
+
+#define ORDER_REQUESTS 8
+
+static int order_done;
+
+static void order_cb(void *opaque, int ret)
+{
+    g_assert_cmpint(ret, ==, 0);
+    g_assert_cmpint(order_done, ==, GPOINTER_TO_INT(opaque));
+    order_done++;
+    if (GPOINTER_TO_INT(opaque) == 1) {
+        /* A nested loop gets the next ones. */
+        while (order_done < ORDER_REQUESTS / 2) {
+            aio_poll(qemu_get_aio_context(), true);
+        }
+    }
+}
+
+static void test_inline_order(int unused)
+{
+    g_autofree uint8_t *buf = g_malloc(BLK);
+    QEMUIOVector qiov;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    qemu_iovec_init_buf(&qiov, buf, BLK);
+    order_done = 0;
+    for (int i = 0; i < ORDER_REQUESTS; i++) {
+        raw_aio_submit(&t.f, QEMU_AIO_READ, i * BLK, &qiov, 0, order_cb,
+                       GINT_TO_POINTER(i));
+    }
+    g_assert_cmpint(order_done, ==, 0);
+    g_assert_cmpuint(file_stats(&t).in, ==, ORDER_REQUESTS);
+    while (order_done < ORDER_REQUESTS) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    file_close(&t);
+}
+
 /*
  * Chains of hits, each sent when the one before has completed: the event loop
  * gets its turns.
@@ -7049,6 +7091,7 @@ static const struct TestCase {
     { "/raw-aio/inline/never/main", test_inline_never },
     { "/raw-aio/inline/never/iothread", test_inline_never, 0, true },
     { "/raw-aio/inline/budget", test_inline_budget },
+    { "/raw-aio/inline/order", test_inline_order },
     { "/raw-aio/inline/turns/callback", test_inline_turns, CHAIN_CALLBACK },
     { "/raw-aio/inline/turns/loop", test_inline_turns, CHAIN_LOOP },
     { "/raw-aio/inline/turns/create", test_inline_turns, CHAIN_CREATE },
