@@ -146,8 +146,37 @@ class Table:
                                    ('  idle loop, at most', 'floor_max')):
                     self.line(label, {s: number(e['stall_us'][key]) for s, e in entries.items() if e['stall_us']})
 
+    def medians(self, *subjects):
+        """{row: the best of their times}, without the rows that one of them refuses."""
+        found = {}
+        for row, entries in self.rows.items():
+            times_of = [entries[s]['us_per_request'] for s in subjects if s in entries and not verdict(entries[s])]
+            if times_of and all(times_of):
+                found[row] = min(time['median'] for time in times_of)
+        return found
+
+    def overall(self):
+        """All rows in one figure, against each mode of stock."""
+        ours = [s for s in ('ours-threads', 'ours-native') if s in self.subjects]
+        stock = [s for s in self.subjects if s.startswith('stock-')]
+        if len(self.rows) < 2 or not ours or not stock:
+            return
+        self.lines += ['', 'All rows: geometric mean of how many times faster than each of stock, where that is not '
+                       'refused', '']
+        lines = [(s, [s]) for s in ours]
+        if len(ours) > 1:
+            lines.append(('the better in each', ours))
+        for label, subjects in lines:
+            cells = {}
+            for reference in stock:
+                found = stats.overall(self.medians(*subjects), self.medians(reference))
+                if found:
+                    cells[reference] = f'{found[0]:.2f}x of {found[1]}'
+            self.line(label, cells)
+
     def text(self):
         self.times()
+        self.overall()
         self.figures()
         self.costs()
         return '\n'.join(self.lines)

@@ -2,7 +2,7 @@
 """The arithmetic of the benchmark: medians, ratios of interleaved runs, and what is too noisy to conclude from."""
 
 import math
-from statistics import median
+from statistics import geometric_mean, median
 
 # What a median's interval from order statistics should cover. Five runs give 93.75 % with min..max, and that is the
 # usual case: asking for 95 % would leave it without an interval.
@@ -71,6 +71,12 @@ def spread(times):
     if not times or len(times) < 2 or not median(times):
         return None
     return (max(times) - min(times)) / median(times)
+
+
+def overall(ours, reference):
+    """The geometric mean of how many times faster OURS is, and over how many rows; both map a row to its time."""
+    ratios = [reference[row] / ours[row] for row in ours if reference.get(row) and ours[row]]
+    return (geometric_mean(ratios), len(ratios)) if ratios else None
 
 
 def inconclusive(found):
