@@ -19,6 +19,7 @@
 #include "block/raw-posix-aio.h"
 #include "block/raw-linux-aio.h"
 #include "block/raw-aio-compat.h"
+#include "block/raw-aio-watch.h"
 #include "qapi/error.h"
 #include "qapi/qapi-types-block-core.h"
 #include "qemu/atomic.h"
@@ -6094,6 +6095,36 @@ static void test_watch(int kind)
 }
 
 /* With the real clock, and what the kernel counts */
+/* The main context can be run by a vCPU thread, whose switches are others. */
+static void *watch_other_thread(void *opaque)
+{
+    raw_aio_watch_begin(opaque);
+    g_assert_cmpint(raw_aio_watch_end(opaque), ==, 0);
+    return NULL;
+}
+
+static void test_watch_thread(int unused)
+{
+    RawAIOWatch watch = { 0 };
+    QemuThread thread;
+    unsigned asked;
+
+    clock_stop();
+    watch_age();
+    raw_aio_watch_begin(&watch);
+    asked = qatomic_read(&switches_asked);
+    raw_aio_watch_begin(&watch);
+    g_assert_cmpuint(qatomic_read(&switches_asked), ==, asked);
+
+    qemu_thread_create(&thread, "watch", watch_other_thread, &watch,
+                       QEMU_THREAD_JOINABLE);
+    qemu_thread_join(&thread);
+    g_assert_cmpuint(qatomic_read(&switches_asked), ==, asked + 1);
+    raw_aio_watch_begin(&watch);
+    g_assert_cmpuint(qatomic_read(&switches_asked), ==, asked + 2);
+    clock_go();
+}
+
 static void test_watch_real(int kind)
 {
     uint64_t slow, tries = 0;
@@ -7124,6 +7155,7 @@ static const struct TestCase {
 #endif
     { "/raw-aio/watch/inline/main", test_watch, INLINE },
     { "/raw-aio/watch/inline/iothread", test_watch, INLINE, true },
+    { "/raw-aio/watch/thread", test_watch_thread },
     { "/raw-aio/watch/real/inline", test_watch_real, INLINE },
     { "/raw-aio/watch/again/inline", test_watch_again, INLINE },
 #endif
