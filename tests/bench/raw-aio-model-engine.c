@@ -7,6 +7,7 @@
  */
 
 #include "qemu/osdep.h"
+#include "block/block-io.h"
 #include "block/raw-posix-aio.h"
 #include "qemu/main-loop.h"
 #include "raw-aio-model.h"
@@ -106,7 +107,7 @@ static void set_ret(void *opaque, int ret)
     *(int *)opaque = ret;
 }
 
-static void engine_wait(const char *what, int type, uint64_t offset,
+static bool engine_wait(const char *what, int type, uint64_t offset,
                         QEMUIOVector *qiov)
 {
     int ret = INT_MAX;
@@ -115,19 +116,21 @@ static void engine_wait(const char *what, int type, uint64_t offset,
     while (ret == INT_MAX) {
         aio_poll(qemu_get_aio_context(), true);
     }
-    model_check_ret(what, ret);
+    return model_check_ret(what, ret);
 }
 
-static void engine_flush(void)
+static bool engine_flush(void)
 {
-    engine_wait("flush", QEMU_AIO_FLUSH, 0, NULL);
+    return engine_wait("flush", QEMU_AIO_FLUSH, 0, NULL);
 }
 
 static void engine_read(uint64_t offset, uint64_t bytes, void *buf)
 {
     QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
 
-    engine_wait("read", QEMU_AIO_READ, offset, &qiov);
+    while (!engine_wait("read", QEMU_AIO_READ, offset, &qiov)) {
+        /* A read that failed, as it may, has to succeed when tried again. */
+    }
 }
 
 static void engine_check(uint64_t size, bool last)

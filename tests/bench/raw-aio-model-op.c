@@ -23,6 +23,14 @@ static const unsigned kind_weight[OP__MAX] = {
     [OP_SHORTEN] = 8, [OP_PAUSE] = 20,
 };
 
+/* The same for --tolerate, whose runs are short */
+static const unsigned tolerate_weight[OP__MAX] = {
+    [OP_WRITE] = 3000, [OP_ZERO] = 1000, [OP_DISCARD] = 600, [OP_FLUSH] = 700,
+    [OP_TRUNCATE] = 500, [OP_CANCEL] = 500, [OP_VERIFY] = 50,
+    [OP_DRAIN] = 200, [OP_MOVE] = 100, [OP_REOPEN] = 100, [OP_SHORTEN] = 50,
+    [OP_PAUSE] = 50,
+};
+
 uint64_t model_capacity(void)
 {
     return opt.size / 2 * 3;
@@ -51,15 +59,16 @@ bool op_is_for_main(ModelKind kind)
 
 static ModelKind choose_kind(ModelOp *op, const ModelPlan *plan)
 {
+    const unsigned *weight = opt.tolerate ? tolerate_weight : kind_weight;
     unsigned r = op_random(op, 10000);
     ModelKind kind = OP_READ;
 
     for (ModelKind k = 0; k < OP__MAX; k++) {
-        if (r < kind_weight[k]) {
+        if (r < weight[k]) {
             kind = k;
             break;
         }
-        r -= kind_weight[k];
+        r -= weight[k];
     }
     if (!plan->writable) {
         if (op_one_in(op, 40) || kind == OP_READ_ONLY) {
@@ -80,6 +89,14 @@ static ModelKind choose_kind(ModelOp *op, const ModelPlan *plan)
     if (opt.qcow2 && kind == OP_SHORTEN) {
         return OP_READ;
     }
+    /*
+     * A reopen, or a qcow2 image with another size, needs flushes that succeed,
+     * and is a matter of QEMU's other code.
+     */
+    if (opt.tolerate && ((kind == OP_REOPEN && !opt.callback) ||
+                         (kind == OP_TRUNCATE && opt.qcow2))) {
+        return OP_FLUSH;
+    }
     if (opt.callback) {
         switch (kind) {
         case OP_ZERO:
@@ -98,6 +115,16 @@ static ModelKind choose_kind(ModelOp *op, const ModelPlan *plan)
     return kind;
 }
 
+/*
+ * When an unaligned write has to read first what is around it, and that fails,
+ * QEMU does not notice and writes there what it finds in memory: block/io.c
+ * ignores what bdrv_padding_rmw_read() returns, also without the series.
+ */
+static bool may_pad(ModelKind kind)
+{
+    return !opt.tolerate || !opt.direct || kind == OP_READ;
+}
+
 static void choose_range(ModelOp *op, const ModelPlan *plan)
 {
     static const unsigned aligns[] = {
@@ -108,8 +135,12 @@ static void choose_range(ModelOp *op, const ModelPlan *plan)
     uint64_t size = plan->size;
     ModelRange recent;
 
-    if (opt.callback && plan->direct) {
+    if ((opt.callback && plan->direct) || !may_pad(op->kind)) {
         align = MODEL_BLOCK;
+    }
+    if (opt.tolerate) {
+        /* Vectors that suit O_DIRECT, and can be cut */
+        longest = MAX(longest, 2 * MODEL_BLOCK);
     }
     if (op_one_in(op, 150)) {
         longest = MODEL_MAX_REQUEST;
@@ -160,7 +191,7 @@ static void choose_range(ModelOp *op, const ModelPlan *plan)
 
 static void choose_size(ModelOp *op, const ModelPlan *plan)
 {
-    uint64_t unit = op_one_in(op, 2) ? MODEL_BLOCK : 512;
+    uint64_t unit = op_one_in(op, 2) || !may_pad(op->kind) ? MODEL_BLOCK : 512;
     uint64_t least = opt.size / 2;
 
     op->size = ROUND_DOWN(least + op_random(op, model_capacity() - least),

@@ -70,6 +70,7 @@ static struct {
     bool over;              /* and nothing is in flight */
     uint64_t count[OP__MAX];
     uint64_t cancelled;
+    uint64_t cancelled_asleep;  /* of them, while a call slept in a worker */
 
     ModelPlan plan;
 } state;
@@ -79,6 +80,7 @@ static uint64_t progress;   /* atomic; ends of operations */
 /* Of the main thread */
 static bool main_called;
 static ModelTiers tiers;
+static uint64_t drained_asleep; /* drains that began while a call slept */
 
 static const char *const kind_name[OP__MAX] = {
     "read", "write", "zero", "discard", "flush", "truncate", "cancel",
@@ -115,9 +117,13 @@ void model_fail(int status, const char *fmt, ...)
 static void print_replay(void)
 {
     const char *switches = getenv("QEMU_RAW_AIO_DISABLE");
+    const char *preload = getenv("LD_PRELOAD");
+    const char *fault = getenv("RAW_AIO_MODEL_FAULT");
 
-    fprintf(stderr, "replay: %s%s%s%s --seed %" PRId64, switches ?
+    fprintf(stderr, "replay: %s%s%s%s%s%s%s%s%s%s --seed %" PRId64, switches ?
             "QEMU_RAW_AIO_DISABLE=" : "", switches ?: "", switches ? " " : "",
+            fault ? "RAW_AIO_MODEL_FAULT=" : "", fault ?: "", fault ? " " : "",
+            preload ? "LD_PRELOAD=" : "", preload ?: "", preload ? " " : "",
             g_get_prgname(), opt.seed);
     if (opt.seconds > 0) {
         fprintf(stderr, " --seconds %g", opt.seconds);
@@ -125,9 +131,10 @@ static void print_replay(void)
         fprintf(stderr, " --ops %" PRId64, opt.ops);
     }
     fprintf(stderr, " --aio %s --cache %s --format %s --iothreads %d --depth %d"
-            " --size %" PRIu64 "%s %s\n", opt.aio, opt.cache, opt.format,
+            " --size %" PRIu64 "%s%s %s\n", opt.aio, opt.cache, opt.format,
             opt.iothreads, opt.depth, opt.size,
-            opt.callback ? " --callback" : "", opt.file);
+            opt.callback ? " --callback" : "",
+            opt.tolerate ? " --tolerate" : "", opt.file);
 }
 
 void model_found(int status, const ModelOp *op, const char *fmt, ...)
@@ -151,11 +158,12 @@ void model_found(int status, const ModelOp *op, const char *fmt, ...)
     _exit(status);
 }
 
-void model_check_ret(const char *what, int64_t ret)
+bool model_check_ret(const char *what, int64_t ret)
 {
-    if (ret < 0) {
+    if (ret < 0 && !model_tolerate_error(NULL, ret)) {
         model_found(EXIT_FAILURE, NULL, "%s: %s", what, strerror(-ret));
     }
+    return ret >= 0;
 }
 
 void model_create_raw(void)
@@ -412,6 +420,7 @@ static void op_send(ModelOp *op)
         op_fill_buffer(op, state.data);
     }
     QTAILQ_INSERT_TAIL(&loops[op->loop].in_flight, op, in_flight);
+    model_tolerate_send(op, &state.plan);
     target->send(op);
     if (cancel) {
         target->cancel(op);
@@ -467,13 +476,16 @@ static bool ret_ok(const ModelOp *op, int ret)
     if (op->beyond) {
         return ret == -EIO;
     }
+    if (ret < 0 && model_tolerate_error(op, ret)) {
+        return true;
+    }
     if (ret == -ECANCELED) {
         return op->cancelled;
     }
     if (ret == -ENOTSUP) {
         return op->flags & BDRV_REQ_NO_FALLBACK;
     }
-    return ret >= 0;
+    return ret >= 0 && !op->doomed;
 }
 
 static void op_end_locked(ModelOp *op, int ret, const uint8_t *data)
@@ -487,13 +499,15 @@ static void op_end_locked(ModelOp *op, int ret, const uint8_t *data)
     }
     if (op->write) {
         cluster = model_write_end(state.data, op->write,
-                                  ret == -ENOTSUP ? MODEL_PARTLY :
-                                  ret < 0 ? MODEL_UNDONE : MODEL_DONE);
+                                  ret >= 0 ? MODEL_DONE :
+                                  ret == -ECANCELED ? MODEL_UNDONE :
+                                  MODEL_PARTLY);
         if (cluster) {
             g_queue_push_tail(&state.settle, cluster);
         }
     }
     state.cancelled += ret == -ECANCELED;
+    state.cancelled_asleep += ret == -ECANCELED && model_tolerate_sleeps();
     state.extending -= op->extends;
     state.in_flight--;
 }
@@ -513,6 +527,11 @@ void model_op_done(void *opaque, int ret)
         say(op, "wrong", ret);
         model_found(EXIT_FAILURE, op, "%s",
                     ret < 0 ? strerror(-ret) : "succeeded, and should not");
+    }
+    if (ret < 0 && model_tolerate_again(op)) {
+        say(op, "again", ret);
+        target->send(op);
+        return;
     }
     QTAILQ_REMOVE(&loop->in_flight, op, in_flight);
     if (op->buf) {
@@ -578,12 +597,15 @@ static void verify(bool last)
     uint8_t *buf = qemu_memalign(MODEL_BLOCK, model_capacity());
     uint64_t step;
     ModelMismatch m;
+    bool flushed = true;
 
     if (state.plan.writable) {
-        target->flush();
+        flushed = target->flush();
     }
     verify_file(buf);
-    target->check(state.plan.size, last);
+    if (flushed) {
+        target->check(state.plan.size, last);
+    }
     for (uint64_t at = 0; at < state.plan.size; at += step) {
         step = MIN(MODEL_MAX_REQUEST, state.plan.size - at);
         memset(buf, MODEL_POISON, step);
@@ -627,6 +649,20 @@ static void reopen_closed(void)
     target->open(state.plan.direct, state.plan.writethrough);
 }
 
+static void drain(void)
+{
+    bool asleep = model_tolerate_sleeps();
+
+    target->drain();
+    QEMU_LOCK_GUARD(&state.lock);
+    /* Those of IOThreads end for QEMU just before they do so here. */
+    if (state.in_flight && !opt.iothreads && !opt.callback) {
+        model_found(EXIT_FAILURE, NULL, "%u requests are in flight after a "
+                    "drain", state.in_flight);
+    }
+    drained_asleep += asleep;
+}
+
 /*
  * While it is there nothing else begins, so that what is in "state" stays as
  * it is, but for the counts of what is in flight.
@@ -640,7 +676,7 @@ static void run_main_op(void)
         verify(false);
         break;
     case OP_DRAIN:
-        target->drain();
+        drain();
         break;
     case OP_MOVE:
         target->move(loops[state.plan.home].ctx);
@@ -681,6 +717,7 @@ static void run(void)
     QemuThread watcher;
 
     qemu_thread_create(&watcher, "watch", watch, NULL, QEMU_THREAD_DETACHED);
+    model_tolerate_arm(true, check_fd);
     pump(&loops[state.plan.nr_loops - 1]);
     while (true) {
         bool over, main_op;
@@ -710,8 +747,11 @@ static void finish(void)
         target->set_writable(true, state.plan.by_reopen);
     }
     verify(true);
-    reopen_closed();
-    verify(true);
+    model_tolerate_arm(false, -1);
+    if (!model_tolerate_lost()) {
+        reopen_closed();
+        verify(true);
+    }
     target->close(&tiers);
 }
 
@@ -747,6 +787,11 @@ static void report(void)
                tiers.shortened);
     } else if (opt.tiers) {
         printf("tiers: this QEMU does not count them\n");
+    }
+    if (opt.tolerate) {
+        printf("while a call slept: %" PRIu64 " cancelled, %" PRIu64
+               " drained\n", state.cancelled_asleep, drained_asleep);
+        model_tolerate_report();
     }
     for (char **name = wanted; *name; name++) {
         if (!tier_served(*name)) {
@@ -809,6 +854,9 @@ static void parse_options(int argc, char **argv)
         { "expect", 0, 0, G_OPTION_ARG_STRING, &opt.expect,
           "fail if one of these served nothing: inline, native, pool; "
           "separated by commas", "TIERS" },
+        { "tolerate", 0, 0, G_OPTION_ARG_NONE, &opt.tolerate,
+          "with raw-aio-model-faults.so, which has a system call fail: its "
+          "error may come back, where it has to, and once", NULL },
         { "verbose", 0, 0, G_OPTION_ARG_NONE, &opt.verbose,
           "say when each operation begins and ends", NULL },
         { NULL },
@@ -868,6 +916,9 @@ static void parse_options(int argc, char **argv)
     wanted = g_strsplit(opt.expect ?: "", ",", -1);
     for (char **name = wanted; *name; name++) {
         check_choice("expect", name, "inline native pool");
+    }
+    if (opt.tolerate) {
+        model_tolerate_init();
     }
     target = &model_target_blk;
     if (opt.callback) {

@@ -64,6 +64,8 @@ typedef struct ModelOp {
     bool pump_from_bh;      /* what follows is sent by a bottom half */
     bool cancel_at_once;
     bool cancelled;         /* asked for */
+    bool sent_again;        /* as it failed, see raw-aio-model-tolerate.c */
+    bool doomed;            /* a flush that has to fail */
 
     uint8_t *buf;
     size_t buf_bytes;
@@ -104,7 +106,7 @@ typedef struct ModelOptions {
     int64_t seed, ops;
     double seconds;
     int iothreads, depth;
-    gboolean callback, tiers, verbose;
+    gboolean callback, tiers, tolerate, verbose;
 
     uint64_t size;
     bool qcow2;
@@ -137,7 +139,8 @@ typedef struct ModelTarget {
     void (*move)(AioContext *ctx);
     void (*reopen)(bool direct, bool writethrough);
     void (*set_writable)(bool writable, bool reopen);
-    void (*flush)(void);
+    /* Returns: false if it failed, as it may, see --tolerate */
+    bool (*flush)(void);
     void (*read)(uint64_t offset, uint64_t bytes, void *buf);
     /* Consistent by itself; @last: as it will remain */
     void (*check)(uint64_t size, bool last);
@@ -150,8 +153,12 @@ extern const ModelTarget model_target_engine;
 void model_op_done(void *opaque, int ret);
 
 void model_create_raw(void);
-/* Negative is the end. */
-void model_check_ret(const char *what, int64_t ret);
+/*
+ * Negative is the end, if the failure is not tolerated.
+ *
+ * Returns: whether it succeeded
+ */
+bool model_check_ret(const char *what, int64_t ret);
 
 /**
  * model_capacity: no byte of the image is beyond it.
@@ -180,6 +187,61 @@ bool op_is_for_main(ModelKind kind);
 void op_make_buffer(ModelOp *op);
 void op_fill_buffer(ModelOp *op, const ModelData *data);
 void op_check_guards(const ModelOp *op);
+
+/* --- --tolerate: one system call fails --- */
+
+/**
+ * model_tolerate_init: find the library that makes it fail.
+ */
+void model_tolerate_init(void);
+
+/**
+ * model_tolerate_arm: from now on, or no longer, it may fail.
+ * @ignored_fd: descriptor of calls that are not counted
+ *
+ * Main thread, nothing in flight.
+ */
+void model_tolerate_arm(bool armed, int ignored_fd);
+
+/**
+ * model_tolerate_send: an operation is sent to the target.
+ */
+void model_tolerate_send(ModelOp *op, const ModelPlan *plan);
+
+/**
+ * model_tolerate_error: whether this error is that of the call that failed.
+ * @op: NULL if it is not one of the operations
+ *
+ * It counts as the one that the caller has to see.
+ */
+bool model_tolerate_error(const ModelOp *op, int ret);
+
+/**
+ * model_tolerate_again: whether an operation that failed is to be sent again,
+ * as its success decides about others.
+ */
+bool model_tolerate_again(ModelOp *op);
+
+/**
+ * model_tolerate_lost: whether the image may have lost data, as its caller was
+ * told by each flush.
+ */
+bool model_tolerate_lost(void);
+
+/**
+ * model_tolerate_happened: whether the call has failed.
+ */
+bool model_tolerate_happened(void);
+
+/**
+ * model_tolerate_sleeps: whether a call sleeps in a worker now.
+ */
+bool model_tolerate_sleeps(void);
+
+/**
+ * model_tolerate_report: say what happened, and check that it was seen.
+ */
+void model_tolerate_report(void);
 
 /* Never returns.  The line on stderr that a failure has */
 G_NORETURN G_GNUC_PRINTF(2, 3)
