@@ -343,7 +343,6 @@ static bool faked_read(int fd, const struct iovec *iov, int n, off_t offset)
 /* Then it does not serve any. */
 #define NAP_LIMIT_MS    30000
 
-/* The thread began while calls were counted. */
 static __thread bool is_worker;
 
 /*
@@ -683,7 +682,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attr,
     Start *start;
     int ret;
 
-    if (!qatomic_read(&failure.armed)) {
+    if (!qatomic_read(&failure.new_workers)) {
         return REAL(pthread_create, CALL_PTHREAD_CREATE)(thread, attr, func,
                                                          arg);
     }
@@ -881,8 +880,18 @@ int io_getevents(io_context_t ring, long min, long max, struct io_event *events,
     return n;
 }
 
+static bool has_fdsync(long n, struct iocb **iocbs)
+{
+    while (n--) {
+        if (iocbs[n]->aio_lio_opcode == IO_CMD_FDSYNC) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Returns: whether it fails; then @n is what it returns, or what it takes */
-static bool submit_fails(long *n)
+static bool submit_fails(long *n, struct iocb **iocbs)
 {
     if (failure.call == CALL_IO_SUBMIT && failure.how == HOW_SHORT && *n < 2) {
         return false;
@@ -899,6 +908,9 @@ static bool submit_fails(long *n)
         *n /= 2;
         return false;
     default:
+        if (has_fdsync(*n, iocbs)) {
+            qatomic_inc(&failure.slept_fdsync);
+        }
         nap();
         return false;
     }
@@ -945,7 +957,7 @@ static int submit(io_context_t ring, long n, struct iocb **iocbs)
 int io_submit(io_context_t ring, long n, struct iocb **iocbs)
 {
     if (fails) {
-        return submit_fails(&n) ? n : submit(ring, n, iocbs);
+        return submit_fails(&n, iocbs) ? n : submit(ring, n, iocbs);
     }
     for (long i = 0; i < n; i++) {
         spoil_iocb(iocbs[i]);

@@ -48,6 +48,7 @@ typedef struct ModelFault {
     const char *const *call_name;
 
     /* Set by the program; atomic */
+    bool new_workers;       /* threads that begin now are workers */
     bool armed;             /* calls are counted, and may fail */
     int ignored_fd;         /* not used by what is tested */
     unsigned beats;         /* timers that the main loop has served */
@@ -56,11 +57,12 @@ typedef struct ModelFault {
     unsigned calls[CALL__MAX];
     unsigned asleep;        /* calls that sleep now, in workers */
     unsigned slept, slept_at_home;  /* in workers, and in other threads */
+    unsigned slept_fdsync;  /* of those, io_submit(2) of a flush */
     unsigned happened;      /* times that it went wrong */
 
     /* About the last one; written before "happened" */
     bool nowait, dsync;     /* flags */
-    bool worker;            /* the thread began while calls were counted */
+    bool worker;            /* who called */
     bool fdsync;
     uint64_t offset, bytes; /* bytes is 0 where there are none */
 } ModelFault;

@@ -35,7 +35,6 @@ static QEMUTimer *timer;
 static int64_t armed_ns;
 
 static unsigned seen;           /* atomic; errors that callers got */
-static unsigned flushes;        /* atomic; that were sent */
 static bool ever_cached;        /* atomic; before the call failed */
 /* Each flush from now on has to fail.  Atomic, as several loops may ask. */
 static bool flush_fails;
@@ -54,6 +53,13 @@ void model_tolerate_init(void)
     if (!fault) {
         model_fail(EXIT_USAGE, "--tolerate: a system call that fails is "
                    "needed, see raw-aio-model-faults.c");
+    }
+}
+
+void model_tolerate_workers(void)
+{
+    if (fault) {
+        qatomic_set(&fault->new_workers, true);
     }
 }
 
@@ -148,17 +154,12 @@ static bool concerns(const ModelOp *op)
     if (opt.qcow2 || op->kind == OP_TRUNCATE) {
         return true;
     }
-    switch (fault->call) {
-    case CALL_FTRUNCATE:
+    if (fault->call == CALL_FTRUNCATE) {
         return false;
-    case CALL_FDATASYNC:
+    }
+    if (fault->call == CALL_FDATASYNC || fault->fdsync) {
         /* Any write may be FUA, with --cache directsync and writethrough. */
         return op->kind == OP_FLUSH || op->write;
-    default:
-        break;
-    }
-    if (fault->fdsync) {
-        return op->kind == OP_FLUSH;
     }
     /* With O_DIRECT QEMU reads and writes the whole block. */
     from = QEMU_ALIGN_DOWN(op->offset, MODEL_BLOCK);
@@ -173,7 +174,6 @@ void model_tolerate_send(ModelOp *op, const ModelPlan *plan)
         return;
     }
     if (op->kind == OP_FLUSH) {
-        qatomic_inc(&flushes);
         op->doomed = !opt.qcow2 && qatomic_read(&flush_fails);
     }
     if (!plan->direct && !qatomic_read(&fault->happened)) {
@@ -205,11 +205,11 @@ bool model_tolerate_error(const ModelOp *op, int ret)
 bool model_tolerate_again(ModelOp *op)
 {
     /*
-     * The image must have the size that the operations after it know.  The
-     * error is tolerated, so it can't be asked for once more.
+     * The image must have the size that the operations after it know, and what
+     * writes have left undecided must be decided.
      */
     if (!fault || op->sent_again || op->beyond || op->cancelled ||
-        !(op->kind == OP_TRUNCATE || op->extends)) {
+        !(op->kind == OP_TRUNCATE || op->kind == OP_SETTLE || op->extends)) {
         return false;
     }
     op->sent_again = true;
@@ -252,8 +252,8 @@ static void check_sleep(void)
     case CALL_PREADV2:
     case CALL_PWRITEV2:
     case CALL_IO_SUBMIT:
-        /* Flushes are submitted all the same: they wait in the kernel. */
-        if (home > STALLS + seconds + qatomic_read(&flushes)) {
+        /* Flushes are submitted all the same: a thread of the kernel waits. */
+        if (home > STALLS + seconds + qatomic_read(&fault->slept_fdsync)) {
             model_found(EXIT_FAILURE, NULL, "the event loop itself made %u "
                         "calls that waited, in %u s", home, seconds);
         }

@@ -37,6 +37,7 @@
 #define QCOW2_CLUSTER   (64 * KiB)
 /* Without the end of any operation for so many seconds, one hangs. */
 #define HANG_SECONDS    120
+#define SHORT_HANG_SECONDS 60   /* with --tolerate, whose runs are short */
 
 typedef struct ModelLoop {
     IOThread *iothread;     /* NULL: the main loop */
@@ -179,9 +180,10 @@ void model_create_raw(void)
 
 static void *watch(void *opaque)
 {
+    int limit = opt.tolerate ? SHORT_HANG_SECONDS : HANG_SECONDS;
     uint64_t last = 0;
 
-    for (int idle = 0; idle < HANG_SECONDS; idle++) {
+    for (int idle = 0; idle < limit; idle++) {
         uint64_t now = qatomic_read(&progress);
 
         if (now != last) {
@@ -976,6 +978,7 @@ int main(int argc, char **argv)
     qemu_mutex_init(&state.lock);
     g_queue_init(&state.settle);
     init_loops();
+    model_tolerate_workers();
     state.data = model_data_new(opt.seed, model_capacity(),
                                 opt.qcow2 ? QCOW2_CLUSTER : 0, MAX_SPAN);
     state.plan.size = opt.size;

@@ -196,6 +196,11 @@ void op_check_guards(const ModelOp *op);
 void model_tolerate_init(void);
 
 /**
+ * model_tolerate_workers: threads that begin from now on are workers.
+ */
+void model_tolerate_workers(void);
+
+/**
  * model_tolerate_arm: from now on, or no longer, it may fail.
  * @ignored_fd: descriptor of calls that are not counted
  *
