@@ -194,7 +194,7 @@ static void *watch(void *opaque)
     }
     model_found(EXIT_FAILURE, NULL, "no operation ended for %d s (%" PRIu64
                 " have ended, %u are in flight, %u of them not sent)",
-                HANG_SECONDS, last, state.in_flight, state.handed_over);
+                limit, last, state.in_flight, state.handed_over);
 }
 
 static void G_NORETURN wrong_data(const ModelOp *op, const char *where,
