@@ -91,6 +91,11 @@ bool model_tolerate_sleeps(void)
     return fault && qatomic_read(&fault->asleep);
 }
 
+unsigned model_tolerate_naps(void)
+{
+    return fault ? qatomic_read(&fault->slept) : 0;
+}
+
 bool model_tolerate_lost(void)
 {
     return opt.qcow2 && qatomic_read(&flush_fails);

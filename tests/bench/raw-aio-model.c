@@ -81,7 +81,7 @@ static uint64_t progress;   /* atomic; ends of operations */
 /* Of the main thread */
 static bool main_called;
 static ModelTiers tiers;
-static uint64_t drained_asleep; /* drains that began while a call slept */
+static uint64_t drained_asleep; /* drains while a call slept */
 
 static const char *const kind_name[OP__MAX] = {
     "read", "write", "zero", "discard", "flush", "truncate", "cancel",
@@ -654,6 +654,7 @@ static void reopen_closed(void)
 static void drain(void)
 {
     bool asleep = model_tolerate_sleeps();
+    unsigned naps = model_tolerate_naps();
 
     target->drain();
     QEMU_LOCK_GUARD(&state.lock);
@@ -662,7 +663,7 @@ static void drain(void)
         model_found(EXIT_FAILURE, NULL, "%u requests are in flight after a "
                     "drain", state.in_flight);
     }
-    drained_asleep += asleep;
+    drained_asleep += asleep || model_tolerate_naps() != naps;
 }
 
 /*

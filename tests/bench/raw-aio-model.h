@@ -244,6 +244,11 @@ bool model_tolerate_happened(void);
 bool model_tolerate_sleeps(void);
 
 /**
+ * model_tolerate_naps: how many calls have slept in workers, or do so now.
+ */
+unsigned model_tolerate_naps(void);
+
+/**
  * model_tolerate_report: say what happened, and check that it was seen.
  */
 void model_tolerate_report(void);
