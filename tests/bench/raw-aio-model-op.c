@@ -27,7 +27,7 @@ static const unsigned kind_weight[OP__MAX] = {
 static const unsigned tolerate_weight[OP__MAX] = {
     [OP_WRITE] = 3000, [OP_ZERO] = 1000, [OP_DISCARD] = 600, [OP_FLUSH] = 700,
     [OP_TRUNCATE] = 500, [OP_CANCEL] = 500, [OP_VERIFY] = 50,
-    [OP_DRAIN] = 200, [OP_MOVE] = 100, [OP_REOPEN] = 100, [OP_SHORTEN] = 50,
+    [OP_DRAIN] = 400, [OP_MOVE] = 100, [OP_REOPEN] = 100, [OP_SHORTEN] = 50,
     [OP_PAUSE] = 50,
 };
 
