@@ -7,6 +7,8 @@
 
 # What is fetched stays here.
 guest=${work:?}/guest
+# What its kernel must load
+guest_modules='virtio_pci virtio_rng virtio_blk virtio_scsi sd_mod ext4'
 # For the caller to set: a folder on the same file system, which it removes at its end.
 scratch=
 # A user's own path lacks e2fsprogs.
@@ -27,7 +29,7 @@ look_up_packages() {
             busybox-static:Version:) busybox=$guest/busybox-static_${value#*:} ;;
         esac
     done < <(apt-cache show --no-all-versions linux-image-cloud-amd64 busybox-static 2>/dev/null)
-    kernel=$guest/${kernel_package}_$kernel
+    kernel=$guest/${kernel_package}_$kernel-$(cksum <<<"$guest_modules" | cut -d ' ' -f 1)
     [ -n "$kernel_package" ] && [ -n "$busybox" ]
 }
 
@@ -93,7 +95,7 @@ fetch_guest() {
         unpack "$kernel_package" './boot/vmlinuz-*' '*/lib/modules/*'
         modules=$(find "$scratch/$kernel_package" -name modules.builtin -printf %h)
         mkdir -p "$new/modules"
-        for name in virtio_pci virtio_rng virtio_blk ext4; do
+        for name in $guest_modules; do
             add_module "$name"
         done
         mv "$scratch/$kernel_package/boot"/vmlinuz-* "$new/vmlinuz"
