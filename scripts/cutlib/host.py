@@ -257,7 +257,7 @@ def judge(programs, recording, cuts, seed, progress, **ignore):
     path = os.path.join(folder, 'cut')
     shutil.copyfile(recording.start, path)
     log = recording.log
-    oracle = Oracle(recording.history, log, SLOTS)
+    oracle = Oracle(recording.history, log, SLOTS, recording.combination.format == 'qcow2')
     disk = logwrites.Disk(path, log, **ignore)
     rand = random.Random(seed)
     failures = []
