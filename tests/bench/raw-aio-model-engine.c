@@ -96,6 +96,7 @@ static void engine_reopen(bool direct, bool writethrough)
 {
     file_direct = direct;
     raw_aio_set_fd(&file, open_fd(direct));
+    model_tolerate_new_fd();
 }
 
 static void engine_set_writable(bool writable, bool reopen)

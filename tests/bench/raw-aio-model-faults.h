@@ -58,6 +58,7 @@ typedef struct ModelFault {
     unsigned asleep;        /* calls that sleep now, in workers */
     unsigned slept, slept_at_home;  /* in workers, and in other threads */
     unsigned slept_fdsync;  /* of those, io_submit(2) of a flush */
+    unsigned descriptors;   /* of the image that were replaced */
     unsigned happened;      /* times that it went wrong */
 
     /* About the last one; written before "happened" */

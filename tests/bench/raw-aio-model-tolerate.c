@@ -221,6 +221,13 @@ bool model_tolerate_again(ModelOp *op)
     return true;
 }
 
+void model_tolerate_new_fd(void)
+{
+    if (fault) {
+        qatomic_inc(&fault->descriptors);
+    }
+}
+
 static unsigned open_files(void)
 {
     DIR *dir = opendir("/proc/self/fd");
@@ -257,8 +264,12 @@ static void check_sleep(void)
     case CALL_PREADV2:
     case CALL_PWRITEV2:
     case CALL_IO_SUBMIT:
-        /* Flushes are submitted all the same: a thread of the kernel waits. */
-        if (home > STALLS + seconds + qatomic_read(&fault->slept_fdsync)) {
+        /*
+         * Flushes are submitted all the same: a thread of the kernel waits.
+         * And what is known of a descriptor goes with it.
+         */
+        if (home > STALLS + seconds + qatomic_read(&fault->slept_fdsync) +
+                   qatomic_read(&fault->descriptors)) {
             model_found(EXIT_FAILURE, NULL, "the event loop itself made %u "
                         "calls that waited, in %u s", home, seconds);
         }

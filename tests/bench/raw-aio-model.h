@@ -249,6 +249,12 @@ bool model_tolerate_sleeps(void);
 unsigned model_tolerate_naps(void);
 
 /**
+ * model_tolerate_new_fd: the image got a new descriptor, of which the engine
+ * has yet to learn.
+ */
+void model_tolerate_new_fd(void);
+
+/**
  * model_tolerate_report: say what happened, and check that it was seen.
  */
 void model_tolerate_report(void);
