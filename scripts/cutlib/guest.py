@@ -13,7 +13,7 @@ import subprocess
 import time
 
 from . import logwrites, qcow2
-from .host import check_qcow2
+from .host import Combination, check_qcow2
 
 SIZE = 48 << 20
 IMAGE = 80 << 20            # of qcow2: room for its metadata
@@ -26,14 +26,6 @@ ACKNOWLEDGED = re.compile(rb'^(\d{8})\r?$', re.M)
 
 class Failed(Exception):
     pass
-
-
-class Combination:
-    def __init__(self, fmt, aio, cache, fua):
-        self.format, self.aio, self.cache, self.fua = fmt, aio, cache, fua
-
-    def __str__(self):
-        return f'{self.format}-{self.aio}-{self.cache}-{"fua" if self.fua else "flush"}'
 
 
 def every_combination():

@@ -106,13 +106,11 @@ class Oracle:
                 for slot in range(op.slot, op.slot + op.count):
                     self.blank[slot].append((op.number, early))
         self.kept = {}                          # number, slot: its data
-        self.promised = 0
 
     def advance(self, cut):
         while self.next_due < len(self.due) and self.due[self.next_due][0] <= cut:
             op = self.due[self.next_due][2]
             self.next_due += 1
-            self.promised += 1
             for slot in range(op.slot, op.slot + op.count):
                 if op.number > self.must[slot] and op.kind != 'trim':
                     self.must[slot] = op.number
