@@ -104,6 +104,22 @@ fetch_guest() {
     fi
 }
 
+# Sets "archive", the one that this machine uses, and "suite", which it is for.
+find_archive() {
+    local try
+    for try in 1 2; do
+        # shellcheck disable=SC2016,SC2034 # apt's own variables; ours are for the caller
+        if read -r archive suite < <(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' \
+            'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 2>/dev/null |
+            awk '$2 !~ /-/ { print; exit }'); then
+            return
+        fi
+        # A fresh machine has no lists, and without them the archive has no label.
+        [ "$try" = 2 ] || update_lists || true
+    done
+    die "no Debian archive among this machine's package sources, or no lists of it and no network"
+}
+
 # --- initramfs ---
 
 # A tree to be packed, named by "tree": busybox, the modules, the first process, and programs of the
