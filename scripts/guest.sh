@@ -47,11 +47,34 @@ unpack() { # PACKAGE PATTERN...
     dpkg-deb --fsys-tarfile "$d"/*.deb | tar -x -C "$d" --no-same-owner --wildcards "$@"
 }
 
+seal() { # FOLDER|FILE: remembers what is in it
+    local sums=$scratch/SHA256SUMS
+    if [ -d "$1" ]; then
+        (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum) >"$sums"
+        mv "$sums" "$1/"
+    else
+        sha256sum <"$1" >"$1.sha256"
+    fi
+}
+
+# Whether it is there, and still what it was; if it is not, it goes.
+is_sealed() { # FOLDER|FILE
+    [ -e "$1" ] || return 1
+    if [ -d "$1" ]; then
+        ! (cd "$1" && sha256sum --status -c SHA256SUMS 2>/dev/null) || return 0
+    else
+        ! sha256sum --status -c "$1.sha256" <"$1" 2>/dev/null || return 0
+    fi
+    say "${1##*/} in work/guest is not what it was: it is fetched anew"
+    rm -rf "$1"
+    return 1
+}
+
 # Nothing here may rely on set -e: it is called as a condition.
 fetch_packages() {
     look_up_packages || return 1
-    [ -e "$kernel" ] || download "$kernel_package" || return 1
-    [ -e "$busybox" ] || download busybox-static || return 1
+    is_sealed "$kernel" || download "$kernel_package" || return 1
+    is_sealed "$busybox" || download busybox-static || return 1
 }
 
 # The module's file and, before it, those that it depends on: it names them itself.
@@ -89,7 +112,10 @@ fetch_guest() {
     # Moved when complete: an interrupted run leaves no half of it.
     if [ ! -e "$busybox" ]; then
         unpack busybox-static '*/bin/busybox'
-        mv "$(find "$scratch/busybox-static" -path '*/bin/busybox')" "$busybox"
+        mv "$(find "$scratch/busybox-static" -path '*/bin/busybox')" "$scratch/busybox"
+        seal "$scratch/busybox"
+        mv "$scratch/busybox.sha256" "$busybox.sha256"
+        mv "$scratch/busybox" "$busybox"
     fi
     if [ ! -e "$kernel" ]; then
         unpack "$kernel_package" './boot/vmlinuz-*' '*/lib/modules/*'
@@ -99,6 +125,7 @@ fetch_guest() {
             add_module "$name"
         done
         mv "$scratch/$kernel_package/boot"/vmlinuz-* "$new/vmlinuz"
+        seal "$new"
         mv -T "$new" "$kernel" || [ -e "$kernel/vmlinuz" ]
         rm -rf "${scratch:?}/$kernel_package"
     fi
