@@ -112,10 +112,13 @@ static Expectation expectation(void)
     int err = fault->err;
     Expectation expect = SEEN;
 
+    if (fault->nowait) {
+        return HIDDEN;
+    }
     if (fault->how == HOW_ZERO) {
         /* A write makes no progress. */
         err = ENOSPC;
-    } else if (fault->how != HOW_ERRNO || fault->nowait || err == EINTR) {
+    } else if (fault->how != HOW_ERRNO || err == EINTR) {
         return HIDDEN;
     }
     switch (fault->call) {
