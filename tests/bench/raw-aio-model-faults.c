@@ -768,6 +768,8 @@ static void spoil_iocb(struct iocb *iocb)
         iocb->aio_lio_opcode = IO_CMD_PWRITE;
         iocb->u.c.nbytes = s.bytes;
         iocb->u.c.buf = buf;
+        /* Refused, it would be done anew, without the fault. */
+        iocb->aio_rw_flags &= ~RWF_NOWAIT;
     }
 }
 

@@ -208,7 +208,12 @@ static void choose_size(ModelOp *op, const ModelPlan *plan)
     op->offset = MIN(op->size, plan->size);
     op->bytes = model_capacity() - op->offset;
     op->prealloc = PREALLOC_MODE_OFF;
-    if (op->size > plan->size && !opt.qcow2) {
+    /*
+     * With O_DIRECT a write to the last block makes that whole, and the file
+     * longer than the image: to a size between them, QEMU can't preallocate.
+     */
+    if (op->size >= ROUND_UP(plan->size, MODEL_BLOCK) &&
+        op->size > plan->size && !opt.qcow2) {
         static const PreallocMode modes[] = {
             PREALLOC_MODE_OFF, PREALLOC_MODE_OFF, PREALLOC_MODE_FALLOC,
             PREALLOC_MODE_FULL,
