@@ -38,7 +38,8 @@
  */
 typedef struct RawAIOWatch {
     pthread_t thread;   /* whose context switches were read */
-    int64_t begin_ns;   /* of the call that is watched now */
+    int64_t begin_ns;   /* of the call that is watched */
+    int64_t took_ns;    /* how long it took */
     int64_t read_ns;    /* when the context switches were read */
     long switches;      /* voluntary ones, or -1 if that can't be told */
 } RawAIOWatch;
@@ -80,6 +81,7 @@ static inline int64_t raw_aio_watch_end(RawAIOWatch *watch)
     long before = watch->switches;
     int saved_errno;
 
+    watch->took_ns = took;
     if (likely(took < RAW_AIO_STALL_NS)) {
         return 0;
     }

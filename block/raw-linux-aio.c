@@ -117,6 +117,7 @@ struct RawLaioRing {
 
     QEMUBH *flush_bh;       /* for nested event loops, see raw_laio_submit() */
     QEMUBH *done_bh;        /* something is left to dispatch */
+    unsigned dispatches;    /* wraps around */
 
     RawLaioIocbList pending;    /* not yet given to the kernel */
     unsigned nr_pending;
@@ -213,6 +214,17 @@ static RawLaioContext *raw_laio_room(RawLaioRing *ring)
         }
     }
     return raw_laio_grow(ring) ? &ring->contexts[ring->nr_contexts - 1] : NULL;
+}
+
+/* How many iocbs the contexts that there are can take now */
+static unsigned raw_laio_free_room(const RawLaioRing *ring)
+{
+    unsigned n = ring->entries;
+
+    for (int i = 0; i < ring->nr_contexts; i++) {
+        n -= ring->contexts[i].in_flight;
+    }
+    return n;
 }
 
 /*
@@ -420,6 +432,7 @@ static void raw_laio_dispatch(RawLaioRing *ring)
 {
     unsigned budget = raw_laio_nr_done(ring);
 
+    ring->dispatches++;
     defer_call_begin(); /* what the callbacks submit makes one batch */
 
     for (; budget && raw_laio_nr_done(ring); budget--) {
@@ -574,6 +587,8 @@ static void raw_laio_flush(void *opaque)
         }
         ret = raw_laio_submit_some(ring, c);
         if (ret > 0) {
+            unsigned cost_ns = MIN(ring->watch.took_ns / ret, UINT_MAX);
+            unsigned together = ret;
             bool at_once;
 
             c->in_flight += ret;
@@ -584,6 +599,9 @@ static void raw_laio_flush(void *opaque)
                 iocb->state = RAW_LAIO_KERNEL;
                 iocb->context = c;
                 iocb->req->at_once = at_once;
+                iocb->req->together = together;
+                iocb->req->cost_ns = cost_ns;
+                cost_ns = 0;
             }
         } else if ((ret == -EAGAIN || ret == -EINTR || ret == 0) &&
                    c->in_flight) {
@@ -612,6 +630,16 @@ static void raw_laio_queue(RawLaioRing *ring, RawLaioIocb *iocb)
 unsigned raw_laio_entries(const RawLaioRing *ring)
 {
     return ring->entries;
+}
+
+unsigned raw_laio_dispatches(const RawLaioRing *ring)
+{
+    return ring->dispatches;
+}
+
+bool raw_laio_has_room(const RawLaioRing *ring)
+{
+    return !ring->blocked && raw_laio_free_room(ring) > ring->nr_pending;
 }
 
 void raw_laio_prep_rw(RawLaioRequest *req, bool is_write, int fd,
@@ -730,17 +758,6 @@ bool raw_laio_cancel(RawLaioRing *ring, RawLaioRequest *req)
  * Submission by a worker
  */
 
-/* How many iocbs the contexts that there are can take now */
-static unsigned raw_laio_free_room(RawLaioRing *ring)
-{
-    unsigned n = ring->entries;
-
-    for (int i = 0; i < ring->nr_contexts; i++) {
-        n -= ring->contexts[i].in_flight;
-    }
-    return n;
-}
-
 bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req)
 {
     RawLaioContext *c;
@@ -764,6 +781,8 @@ bool raw_laio_reserve(RawLaioRing *ring, RawLaioRequest *req)
     req->own.state = RAW_LAIO_KERNEL;
     req->at_once = false;
     req->stalled_ns = 0;
+    req->together = 0;
+    req->cost_ns = 0;
     return true;
 }
 

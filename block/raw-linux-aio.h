@@ -77,6 +77,13 @@ struct RawLaioRequest {
     bool at_once;
     /* Valid in @cb: its submission kept the event loop waiting for so long. */
     int64_t stalled_ns;
+    /*
+     * Valid in @cb: how many were submitted with it, itself included, or 0 if a
+     * worker did it; and for the first of them, how long (ns) that took for
+     * each.
+     */
+    unsigned together;
+    unsigned cost_ns;
 
     /* Below: owned by the ring. */
 
@@ -124,8 +131,24 @@ void raw_laio_free(RawLaioRing *ring);
 unsigned raw_laio_entries(const RawLaioRing *ring);
 
 /**
+ * raw_laio_dispatches: How often the event loop has looked for results
+ *
+ * Wraps around.  Constant while callbacks of one dispatch are called, unless
+ * they run a nested event loop.
+ */
+unsigned raw_laio_dispatches(const RawLaioRing *ring);
+
+/**
+ * raw_laio_has_room: Whether a request would be submitted at once
+ *
+ * If not it waits for others to end, or the ring grows.
+ */
+bool raw_laio_has_room(const RawLaioRing *ring);
+
+/**
  * raw_laio_prep_rw: Describe a read or write.
- * @fd: descriptor, usually with O_DIRECT
+ * @fd: descriptor, usually with O_DIRECT; without it io_submit(2) does all of
+ *      the work
  * @iov: vector, at most IOV_MAX elements, alive until the completion
  * @offset: in bytes
  * @rwf: RAW_AIO_RWF_* flags; only 0 where RAW_AIO_HAVE_IOCB_FLAGS is 0

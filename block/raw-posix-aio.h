@@ -26,6 +26,7 @@ typedef struct RawAIODesc RawAIODesc;
 /* What is counted for each file, see BlockStatsRawAio in the QAPI schema */
 typedef enum RawAIOStat {
     RAW_AIO_INLINE_SERVED,
+    RAW_AIO_INLINE_BATCHED,     /* also in the number before */
     RAW_AIO_INLINE_REFUSED,
     RAW_AIO_NATIVE_SERVED,
     RAW_AIO_NATIVE_REFUSED,
@@ -204,6 +205,7 @@ typedef enum RawAIOSwitch {
     RAW_AIO_DISABLE_NOWAIT = 1 << 2,    /* "nowait": RWF_NOWAIT */
     RAW_AIO_DISABLE_PREADV = 1 << 3,    /* "preadv": preadv and pwritev */
     RAW_AIO_DISABLE_IOCBV = 1 << 4,     /* "iocbv": IOCB_CMD_PREADV, PWRITEV */
+    RAW_AIO_DISABLE_BATCH = 1 << 5,     /* "batch": cached reads in the ring */
 } RawAIOSwitch;
 
 #endif /* BLOCK_RAW_POSIX_AIO_H */
