@@ -346,6 +346,16 @@ static void delay_next(Delay what, int fd, int times)
     delay.times = times;
 }
 
+/* What a call of an event loop takes, if its clock is stopped */
+static int64_t cost_ns[CALL_REAL__MAX];     /* main thread */
+
+static void spend(Call call)
+{
+    if (clock_stopped_ns) {
+        clock_stopped_ns += cost_ns[call];
+    }
+}
+
 static void hooks_reset(void)
 {
     pthread_mutex_lock(&hooks.lock);
@@ -530,6 +540,7 @@ static ssize_t transfer(Call call, int fd, const struct iovec *iov, int niov,
     pthread_mutex_unlock(&hooks.lock);
 
     delay_call(fd);
+    spend(call);
     if (ret == PASS) {
         return real_transfer(call, fd, iov, niov, offset, flags);
     }
@@ -889,6 +900,7 @@ int io_submit(io_context_t ctx, long nr, struct iocb **iocbs)
     gate_locked(CALL_WORKER_SUBMITTED, fd);
     pthread_mutex_unlock(&hooks.lock);
     delay_call(fd);
+    spend(call);
     return ret;
 }
 
@@ -3576,7 +3588,9 @@ static void deep_run(int arg, int at_once)
     } else if (kind_inline(kind)) {
         g_assert_cmpuint(s->inline_served, >, 0);
         g_assert_cmpuint(s->inline_served + s->pool_served, ==, DEPTH);
-        g_assert_cmpuint(s->ring_size, ==, 0);
+        if (kind == INLINE) {
+            g_assert_cmpuint(s->ring_size, ==, 0);
+        }
     } else {
         g_assert_cmpuint(s->pool_served, ==, DEPTH);
         g_assert_cmpuint(s->ring_size, ==, 0);
@@ -5833,7 +5847,7 @@ static void test_array_engine(int kind)
         hooks_reset();
         g_assert_cmpint(file_rw(&t, QEMU_AIO_WRITE | RAW_AIO_ZONED, 0, 4 * BLK,
                                 4, 0, 0), ==, 0);
-        g_assert_cmpuint(iocbs(-1, -1), ==, 0);
+        g_assert_cmpuint(iocbs(IOCB_READ, 0), ==, 0);
         ASSERT_STATS(&t, 0, 0, 1, 0);
         g_assert_cmpint(file_rw(&t, QEMU_AIO_WRITE | RAW_AIO_ZONED, 0, 4 * BLK,
                                 1, 0, 0), ==, 0);
@@ -6255,6 +6269,475 @@ static void test_watch_two(int unused)
     }
 }
 #endif
+
+#if defined(CONFIG_LINUX_AIO) && RAW_AIO_HAVE_IOCB_FLAGS
+/*
+ * Reads of the inline tier that go together
+ */
+
+/* So many in a defer_call section are several. */
+#define BATCH_MIN 4
+/* So many small sections may come in between. */
+#define BATCH_PATIENCE 4
+/* One of so many sections tries the other way. */
+#define BATCH_PERIOD 64
+/* How many reads a section has here */
+#define BATCH 8
+
+static bool together_open(TestFile *t)
+{
+    if (!native_available()) {
+        g_test_skip("no Linux AIO");
+        return false;
+    }
+    if (!file_open(t, INLINE_NATIVE)) {
+        return false;
+    }
+    /* The event loop forgets what the last test did. */
+    for (int i = 0; i < BATCH_PATIENCE; i++) {
+        g_assert_cmpint(file_read(t, 0, BLK, 1, 0), ==, 0);
+    }
+    raw_aio_set_fd(&t->f, reopen(t, INLINE_NATIVE));
+    file_stats(t);
+    hooks_reset();
+    clock_stop();
+    return true;
+}
+
+static void together_close(TestFile *t)
+{
+    memset(cost_ns, 0, sizeof(cost_ns));
+    clock_go();
+    file_close(t);
+}
+
+/* What a read takes (ns) alone, and in a batch of BATCH */
+static void together_costs(int64_t single, int64_t together)
+{
+    cost_ns[CALL_PREADV2] = single;
+    cost_ns[CALL_IO_SUBMIT] = together * BATCH;
+}
+
+static unsigned batched(TestFile *t)
+{
+    return stat64_get(&t->f.stats[RAW_AIO_INLINE_BATCHED]);
+}
+
+static void together_start(Req *r, TestFile *t, int n)
+{
+    for (int i = 0; i < n; i++) {
+        req_init(&r[i], BLK, i % 3 ? 1 : 2, true);
+        req_start(&r[i], t, QEMU_AIO_READ, i * BLK, 0);
+    }
+}
+
+static void together_end(Req *r, int n)
+{
+    for (int i = 0; i < n; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        check(r[i].buf, i * BLK, BLK, 0);
+        req_destroy(&r[i]);
+    }
+}
+
+/* A section with so many reads.  Returns: how many of them went together */
+static unsigned together_section(TestFile *t, int n)
+{
+    unsigned before = batched(t);
+    Req r[32];
+
+    defer_call_begin();
+    together_start(r, t, n);
+    defer_call_end();
+    together_end(r, n);
+    /* Coroutines need not have waited: the event loop has its turn. */
+    while (aio_poll(qemu_get_current_aio_context(), false)) {
+        /* nothing */
+    }
+    return batched(t) - before;
+}
+
+/* A file of which it is known that a batch costs less */
+static bool together_open_known(TestFile *t)
+{
+    if (!together_open(t)) {
+        return false;
+    }
+    together_costs(2000, 500);
+    g_assert_cmpuint(together_section(t, BATCH), ==, 0);
+    g_assert_cmpuint(together_section(t, BATCH), ==, BATCH);
+    file_stats(t);
+    hooks_reset();
+    return true;
+}
+
+static void test_together_choice(int coroutine)
+{
+    unsigned n = 0, changed;
+    TestFile t;
+
+    if (!together_open(&t)) {
+        return;
+    }
+    t.coroutine = coroutine;
+    together_costs(2000, 1000);
+    hooks_reset();
+    /* Nothing is known about sections, then nothing about batches. */
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    g_assert_cmpuint(calls(CALL_PREADV2), ==, BATCH);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    n++;
+    g_assert_cmpuint(calls(CALL_PREADV2), ==, BATCH);
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 1);
+    g_assert_cmpuint(iocbs(IOCB_READ, 1), ==, BATCH);
+    g_assert_cmpuint(iocbs(IOCB_READ, 0), ==, 0);
+    ASSERT_INLINE(&t, 2 * BATCH, 0, 0, 0);
+
+    /* It costs less, with what is around it. */
+    while (n < 2 * BATCH_PERIOD) {
+        unsigned got = together_section(&t, BATCH);
+
+        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? BATCH : 0);
+    }
+
+    /* It does no more.  That may be chance, so it is not believed at once. */
+    together_costs(2000, 3000);
+    for (changed = 0; together_section(&t, BATCH); changed++) {
+        n++;
+    }
+    n++;
+    g_assert_cmpuint(changed, >, 4);
+    g_assert_cmpuint(changed, <, 16);
+    while (n < 4 * BATCH_PERIOD) {
+        unsigned got = together_section(&t, BATCH);
+
+        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? 0 : BATCH);
+    }
+
+    /* And it does again, which the next attempt shows. */
+    together_costs(2000, 500);
+    while (n < 5 * BATCH_PERIOD) {
+        unsigned got = together_section(&t, BATCH);
+
+        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? 0 : BATCH);
+    }
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+
+    /* What is around it costs as well, so it must be less by some. */
+    together_costs(600, 500);
+    for (changed = 0; changed < 3 * BATCH_PERIOD; changed++) {
+        together_section(&t, BATCH);
+    }
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+
+    /* Another descriptor is another matter. */
+    together_costs(2000, 500);
+    raw_aio_set_fd(&t.f, reopen(&t, t.kind));
+    g_assert_cmpuint(together_section(&t, BATCH), <=, BATCH - 1);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+
+    /* The switches */
+    disable(&t, RAW_AIO_DISABLE_BATCH);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    disable(&t, RAW_AIO_DISABLE_NATIVE);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    disable(&t, RAW_AIO_DISABLE_IOCBV);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 5);
+    file_stats(&t);
+    together_close(&t);
+}
+
+/* An interrupt makes one call long, which says nothing. */
+static void test_together_outlier(int unused)
+{
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    for (int i = 0; i < 20; i++) {
+        together_costs(2000, 30000);
+        together_section(&t, BATCH);
+        together_costs(2000, 500);
+        g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    }
+    together_close(&t);
+}
+
+static void test_together_few(int unused)
+{
+    TestFile t;
+
+    if (!together_open(&t)) {
+        return;
+    }
+    together_costs(2000, 500);
+    for (int i = 0; i < 20; i++) {
+        g_assert_cmpuint(together_section(&t, BATCH_MIN - 1), ==, 0);
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    }
+    g_assert_cmpuint(together_section(&t, BATCH_MIN), ==, 0);
+    g_assert_cmpuint(together_section(&t, BATCH_MIN), ==, BATCH_MIN);
+
+    /* Those that come in between go with them, but not for long. */
+    for (int i = 0; i < BATCH_PATIENCE; i++) {
+        g_assert_cmpuint(together_section(&t, 2), ==, 2);
+    }
+    g_assert_cmpuint(together_section(&t, 2), ==, 0);
+
+    /* Without a section there is only one at a time. */
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    for (int i = 0; i < BATCH_PATIENCE; i++) {
+        g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    }
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+
+    /* Not writes, and not what is too large for the event loop */
+    file_stats(&t);
+    hooks_reset();
+    defer_call_begin();
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(file_write(&t, i * BLK, BLK, 1, 0, 0), ==, 0);
+    }
+    g_assert_cmpint(file_read(&t, 0, 2 * INLINE_MAX, 1, 0), ==, 0);
+    defer_call_end();
+    g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    file_stats(&t);
+    together_close(&t);
+}
+
+/*
+ * What a batch does not serve is the pool's, once; what that shows about the
+ * file is learnt.
+ */
+static void test_together_misses(int by_kernel)
+{
+    static const struct {
+        long ret;
+        bool learns;
+    } cases[] = {
+        { -EAGAIN, false }, { -EINTR, false }, { -ENOMEM, false },
+        { -EPERM, false }, { -EIO, true }, { -EINVAL, true },
+        { -EOPNOTSUPP, true }, { -ENOSYS, true },
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(cases); i++) {
+        long err = cases[i].ret;
+        bool waits = by_kernel && (err == -EAGAIN || err == -EINTR);
+        bool learns = cases[i].learns;
+        TestFile t;
+
+        /* First, in the middle, last */
+        for (int place = 0; place < 3; place++) {
+            int at = place * (BATCH - 1) / 2;
+            Req r[BATCH];
+
+            if (!together_open_known(&t)) {
+                return;
+            }
+            /* With EAGAIN it is sent again when those before it are done. */
+            if (by_kernel) {
+                refuse_iocb(IOCB_READ, 1, at, 1, err);
+            } else {
+                forge_iocb(IOCB_READ, 1, at, 1, err);
+            }
+            g_assert_cmpuint(together_section(&t, BATCH), ==,
+                             waits && at ? BATCH : BATCH - 1);
+            g_assert_cmpuint(calls(CALL_PREAD) + calls(CALL_PREADV), ==,
+                             !(waits && at));
+            ASSERT_INLINE(&t, waits && at ? BATCH : BATCH - 1,
+                          !(waits && at), !(waits && at), 0);
+            hooks_reset();
+            g_assert_cmpuint(together_section(&t, BATCH), ==, learns ? 0 : BATCH);
+            ASSERT_INLINE(&t, BATCH, 0, 0, 0);
+            g_assert_cmpuint(calls(CALL_PREADV2), ==, learns ? BATCH : 0);
+
+            /* The pool has the last word. */
+            if (!learns && !by_kernel) {
+                hooks_reset();
+                forge_iocb(IOCB_READ, 1, at, 1, err);
+                fault(CALL_ANY_READ, 1, -ENXIO);
+                defer_call_begin();
+                together_start(r, &t, BATCH);
+                defer_call_end();
+                for (int j = 0; j < BATCH; j++) {
+                    g_assert_cmpint(req_wait(&r[j]), ==,
+                                    j == at ? -ENXIO : 0);
+                    req_destroy(&r[j]);
+                }
+                ASSERT_INLINE(&t, BATCH - 1, 1, 1, 0);
+            }
+            together_close(&t);
+        }
+    }
+}
+
+static void test_together_short(int unused)
+{
+    TestFile t;
+
+    for (int at = 0; at < BATCH; at++) {
+        size_t len = at ? at * 500 : 0;
+
+        if (!together_open_known(&t)) {
+            return;
+        }
+        forge_iocb(IOCB_READ, 1, at, 1, len);
+        g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH - 1);
+        ASSERT_INLINE(&t, BATCH - 1, 1, 1, 1);
+        g_assert_cmpint(hooks.log[hooks.nr_log - 1].offset, ==,
+                        at * BLK + len);
+        together_close(&t);
+    }
+}
+
+/* The first batch is refused: no reason to try that each time. */
+static void test_together_refused(int unused)
+{
+    TestFile t;
+
+    if (!together_open(&t)) {
+        return;
+    }
+    together_costs(2000, 500);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    forge_iocb(IOCB_READ, 1, 5, 2, -EAGAIN);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH - 2);
+    file_stats(&t);
+    hooks_reset();
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+
+    raw_aio_set_fd(&t.f, reopen(&t, t.kind));
+    g_assert_cmpuint(together_section(&t, BATCH), <, BATCH);
+    forge_iocb(IOCB_READ, 1, 0, BATCH, -EAGAIN);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    hooks_reset();
+    while (calls(CALL_PREADV2) < BATCH) {
+        /* First the score of the hint has to come down. */
+        g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    }
+    file_stats(&t);
+    together_close(&t);
+}
+
+static void test_together_cancel(int unused)
+{
+    Req r[BATCH];
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    defer_call_begin();
+    together_start(r, &t, BATCH);
+    req_cancel(&r[2]);
+    defer_call_end();
+    req_cancel(&r[5]);
+    for (int i = 0; i < BATCH; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, i == 2 ? -ECANCELED : 0);
+        if (i != 2) {
+            check(r[i].buf, i * BLK, BLK, 0);
+        }
+        req_destroy(&r[i]);
+    }
+    ASSERT_INLINE(&t, BATCH - 1, 0, 0, 0);
+    together_close(&t);
+}
+
+/* A nested event loop waits for them before the section ends. */
+static void test_together_nested(int unused)
+{
+    Req r[BATCH];
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    defer_call_begin();
+    together_start(r, &t, BATCH);
+    together_end(r, BATCH);
+    defer_call_end();
+    ASSERT_INLINE(&t, BATCH, 0, 0, 0);
+    together_close(&t);
+}
+
+/* What waits for a disk must not keep what is in memory waiting. */
+static void test_together_full(int unused)
+{
+    Req r[BATCH], slow[64];
+    TestFile t, disk;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    if (!file_open(&disk, NATIVE)) {
+        together_close(&t);
+        return;
+    }
+    defer_call_begin();
+    for (int i = 0; i < ARRAY_SIZE(slow); i++) {
+        req_init(&slow[i], BLK, 1, false);
+        req_start(&slow[i], &disk, QEMU_AIO_READ, i % FILE_BLKS * BLK, 0);
+    }
+    together_start(r, &t, BATCH);
+    defer_call_end();
+    g_assert_cmpuint(calls(CALL_PREADV2), ==, BATCH);
+    for (int i = 0; i < ARRAY_SIZE(slow); i++) {
+        g_assert_cmpint(req_wait(&slow[i]), ==, 0);
+        check(slow[i].buf, i % FILE_BLKS * BLK, BLK, 0);
+        req_destroy(&slow[i]);
+    }
+    together_end(r, BATCH);
+    ASSERT_INLINE(&t, BATCH, 0, 0, 0);
+    file_stats(&disk);
+    clock_go();
+    file_close(&disk);
+    clock_stop();
+    together_close(&t);
+}
+
+static void test_together_stalls(int unused)
+{
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    delay_next(DELAY_WAIT, file_fd(&t), 1);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    watch_assert_slow(&t, 1);
+    file_stats(&t);
+    /* A worker does it for a time. */
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    ASSERT_INLINE(&t, 0, 0, BATCH, 0);
+    together_close(&t);
+}
+
+/* In an event loop without a ring: nothing is lost, and nothing said. */
+static void test_together_no_ring(int unused)
+{
+    TestFile t;
+
+    if (!g_test_subprocess()) {
+        g_test_trap_subprocess(NULL, 0, 0);
+        g_test_trap_assert_passed();
+        g_test_trap_assert_stderr_unmatched("*warning*");
+        return;
+    }
+    if (!together_open(&t)) {
+        return;
+    }
+    together_costs(2000, 500);
+    hooks_reset();
+    fault(CALL_IO_SETUP, ALWAYS, -EAGAIN);
+    for (int i = 0; i < 10; i++) {
+        g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
+    }
+    g_assert_cmpuint(calls(CALL_IO_SETUP), ==, 1);
+    ASSERT_INLINE(&t, 10 * BATCH, 0, 0, 0);
+    together_close(&t);
+}
+#endif /* CONFIG_LINUX_AIO && RAW_AIO_HAVE_IOCB_FLAGS */
 
 #ifdef CONFIG_LINUX_AIO
 /*
@@ -7064,6 +7547,8 @@ static const struct TestCase {
     { "/raw-aio/descriptor/stress/buffered", test_descriptor_stress, BUFFERED },
 #if RAW_AIO_HAVE_RWF
     { "/raw-aio/descriptor/stress/inline", test_descriptor_stress, INLINE },
+    { "/raw-aio/descriptor/stress/inline-native", test_descriptor_stress,
+      INLINE_NATIVE },
     { "/raw-aio/descriptor/stress/inline-coroutine", test_descriptor_stress,
       INLINE | IN_COROUTINE },
 #endif
@@ -7073,11 +7558,13 @@ static const struct TestCase {
     { "/raw-aio/run/file", test_run, true },
     { "/raw-aio/nested/buffered", test_nested, BUFFERED },
     { "/raw-aio/nested/inline", test_nested, INLINE },
+    { "/raw-aio/nested/inline-native", test_nested, INLINE_NATIVE },
     { "/raw-aio/nested/native", test_nested, NATIVE },
     { "/raw-aio/nested/nowait", test_nested, NOWAIT },
     { "/raw-aio/nested/real", test_nested, REAL },
     { "/raw-aio/nested/section/buffered", test_nested_section, BUFFERED },
     { "/raw-aio/nested/section/inline", test_nested_section, INLINE },
+    { "/raw-aio/nested/section/inline-native", test_nested_section, INLINE_NATIVE },
     { "/raw-aio/nested/section/native", test_nested_section, NATIVE },
 #ifdef CONFIG_LINUX_AIO
     { "/raw-aio/nested/blocked/eagain-wait", test_nested_blocked, 0, true },
@@ -7087,9 +7574,11 @@ static const struct TestCase {
 #endif
     { "/raw-aio/depth/buffered", test_depth, BUFFERED },
     { "/raw-aio/depth/inline", test_depth, INLINE },
+    { "/raw-aio/depth/inline-native", test_depth, INLINE_NATIVE },
     { "/raw-aio/depth/native", test_depth, NATIVE },
     { "/raw-aio/chain/buffered", test_chain, BUFFERED },
     { "/raw-aio/chain/inline", test_chain, INLINE },
+    { "/raw-aio/chain/inline-native", test_chain, INLINE_NATIVE },
     { "/raw-aio/chain/native", test_chain, NATIVE },
 #ifdef CONFIG_LINUX_AIO
     { "/raw-aio/depth/vector", test_depth, NATIVE | DEEP_VECTOR },
@@ -7103,6 +7592,7 @@ static const struct TestCase {
 #endif
     { "/raw-aio/bounded/buffered", test_bounded, BUFFERED },
     { "/raw-aio/bounded/inline", test_bounded, INLINE },
+    { "/raw-aio/bounded/inline-native", test_bounded, INLINE_NATIVE },
     { "/raw-aio/bounded/native", test_bounded, NATIVE },
     { "/raw-aio/bounded/real", test_bounded, REAL },
 #if RAW_AIO_HAVE_RWF
@@ -7161,6 +7651,20 @@ static const struct TestCase {
 #endif
 #ifdef CONFIG_LINUX_AIO
 #if RAW_AIO_HAVE_IOCB_FLAGS
+    { "/raw-aio/together/choice/callback", test_together_choice, false },
+    { "/raw-aio/together/choice/coroutine", test_together_choice, true, true },
+    { "/raw-aio/together/outlier", test_together_outlier },
+    { "/raw-aio/together/few", test_together_few },
+    { "/raw-aio/together/misses/result", test_together_misses, false },
+    { "/raw-aio/together/misses/submit", test_together_misses, true },
+    { "/raw-aio/together/short", test_together_short },
+    { "/raw-aio/together/refused", test_together_refused },
+    { "/raw-aio/together/cancel", test_together_cancel },
+    { "/raw-aio/together/nested/main", test_together_nested },
+    { "/raw-aio/together/nested/iothread", test_together_nested, 0, true },
+    { "/raw-aio/together/full", test_together_full, 0, true },
+    { "/raw-aio/together/stalls", test_together_stalls },
+    { "/raw-aio/together/no-ring", test_together_no_ring },
     { "/raw-aio/by-worker/answers", test_by_worker },
     { "/raw-aio/by-worker/answers-iothread", test_by_worker, 0, true },
     { "/raw-aio/by-worker/refused/eagain", test_by_worker_refused, EAGAIN,
@@ -7227,6 +7731,7 @@ static const struct TestCase {
     { "/raw-aio/fuzz/buffered", test_fuzz, BUFFERED },
 #if RAW_AIO_HAVE_RWF
     { "/raw-aio/fuzz/inline", test_fuzz, INLINE },
+    { "/raw-aio/fuzz/inline-native", test_fuzz, INLINE_NATIVE },
     { "/raw-aio/fuzz/inline-coroutine", test_fuzz, INLINE | IN_COROUTINE },
 #endif
     { "/raw-aio/fuzz/direct", test_fuzz, DIRECT },
