@@ -79,10 +79,10 @@
 /*
  * What the event loop reads itself, it can read with a system call for each
  * request or, if there is a ring, with one for several.  io_submit(2) has to do
- * more for each, but there are fewer calls: 32 cached reads of 4 KiB take
- * 0.8 us each where an empty system call takes 1 us, and preadv2(2) 1.9 us;
- * where that takes 0.1 us, preadv2(2) is the faster one.  So both are measured
- * with the real requests, for each file.
+ * more for each, but there are fewer calls: where an empty system call takes
+ * 1 us, as in some virtual machines, 32 cached reads of 4 KiB take 0.8 us each,
+ * and with preadv2(2) 1.9 us; where it takes 0.1 us, preadv2(2) is the faster
+ * one.  So both are measured with the real requests, for each file.
  */
 
 /* Fewer reads in a defer_call section are not worth a visit to the ring. */

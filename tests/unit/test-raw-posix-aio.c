@@ -6548,7 +6548,8 @@ static void test_together_misses(int by_kernel)
             ASSERT_INLINE(&t, waits && at ? BATCH : BATCH - 1,
                           !(waits && at), !(waits && at), 0);
             hooks_reset();
-            g_assert_cmpuint(together_section(&t, BATCH), ==, learns ? 0 : BATCH);
+            g_assert_cmpuint(together_section(&t, BATCH), ==,
+                             learns ? 0 : BATCH);
             ASSERT_INLINE(&t, BATCH, 0, 0, 0);
             g_assert_cmpuint(calls(CALL_PREADV2), ==, learns ? BATCH : 0);
 
@@ -7564,7 +7565,8 @@ static const struct TestCase {
     { "/raw-aio/nested/real", test_nested, REAL },
     { "/raw-aio/nested/section/buffered", test_nested_section, BUFFERED },
     { "/raw-aio/nested/section/inline", test_nested_section, INLINE },
-    { "/raw-aio/nested/section/inline-native", test_nested_section, INLINE_NATIVE },
+    { "/raw-aio/nested/section/inline-native", test_nested_section,
+      INLINE_NATIVE },
     { "/raw-aio/nested/section/native", test_nested_section, NATIVE },
 #ifdef CONFIG_LINUX_AIO
     { "/raw-aio/nested/blocked/eagain-wait", test_nested_blocked, 0, true },
