@@ -27,6 +27,7 @@
 #include "qemu/coroutine.h"
 #include "qemu/defer-call.h"
 #include "qemu/error-report.h"
+#include "qemu/host-utils.h"
 #include "qemu/lockable.h"
 #include "qemu/memalign.h"
 #include "qemu/rcu.h"
@@ -94,7 +95,10 @@
 #define RAW_AIO_BATCH_EXTRA_NS  150
 /* So many sections with fewer may come between those that have more. */
 #define RAW_AIO_BATCH_PATIENCE  4
-/* One of so many sections goes the other way, to see what that costs now. */
+/*
+ * One of so many sections goes the other way, to see what that costs now; more
+ * in the beginning, when nothing is warm yet.
+ */
 #define RAW_AIO_BATCH_PERIOD    64
 /* What takes longer (ns) was interrupted, and says nothing about the cost. */
 #define RAW_AIO_COST_MAX_NS     (20 * SCALE_US)
@@ -1044,7 +1048,11 @@ static bool raw_aio_prefers_batch(RawAIODesc *desc)
     if (!single || !batch) {
         return single;
     }
-    return n % RAW_AIO_BATCH_PERIOD ? cheaper : !cheaper;
+    if (n % RAW_AIO_BATCH_PERIOD == 0 ||
+        (n < RAW_AIO_BATCH_PERIOD && is_power_of_2(n))) {
+        return !cheaper;
+    }
+    return cheaper;
 }
 
 /*

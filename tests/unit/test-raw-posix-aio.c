@@ -26,6 +26,7 @@
 #include "qemu/coroutine.h"
 #include "qemu/cutils.h"
 #include "qemu/defer-call.h"
+#include "qemu/host-utils.h"
 #include "qemu/iov.h"
 #include "qemu/log.h"
 #include "qemu/main-loop.h"
@@ -6279,7 +6280,7 @@ static void test_watch_two(int unused)
 #define BATCH_MIN 4
 /* So many small sections may come in between. */
 #define BATCH_PATIENCE 4
-/* One of so many sections tries the other way. */
+/* One of so many sections tries the other way, and more of the first ones. */
 #define BATCH_PERIOD 64
 /* How many reads a section has here */
 #define BATCH 8
@@ -6364,11 +6365,19 @@ static bool together_open_known(TestFile *t)
         return false;
     }
     together_costs(2000, 500);
-    g_assert_cmpuint(together_section(t, BATCH), ==, 0);
+    /* For almost as many again, nothing else is tried. */
+    for (int i = 0; i <= BATCH_PERIOD; i++) {
+        together_section(t, BATCH);
+    }
     g_assert_cmpuint(together_section(t, BATCH), ==, BATCH);
     file_stats(t);
     hooks_reset();
     return true;
+}
+
+static bool together_tries(unsigned n)
+{
+    return n % BATCH_PERIOD == 0 || (n < BATCH_PERIOD && is_power_of_2(n));
 }
 
 static void test_together_choice(int coroutine)
@@ -6397,7 +6406,7 @@ static void test_together_choice(int coroutine)
     while (n < 2 * BATCH_PERIOD) {
         unsigned got = together_section(&t, BATCH);
 
-        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? BATCH : 0);
+        g_assert_cmpuint(got, ==, together_tries(++n) ? 0 : BATCH);
     }
 
     /* It does no more.  That may be chance, so it is not believed at once. */
@@ -6411,7 +6420,7 @@ static void test_together_choice(int coroutine)
     while (n < 4 * BATCH_PERIOD) {
         unsigned got = together_section(&t, BATCH);
 
-        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? 0 : BATCH);
+        g_assert_cmpuint(got, ==, together_tries(++n) ? BATCH : 0);
     }
 
     /* And it does again, which the next attempt shows. */
@@ -6419,7 +6428,7 @@ static void test_together_choice(int coroutine)
     while (n < 5 * BATCH_PERIOD) {
         unsigned got = together_section(&t, BATCH);
 
-        g_assert_cmpuint(got, ==, ++n % BATCH_PERIOD ? 0 : BATCH);
+        g_assert_cmpuint(got, ==, together_tries(++n) ? BATCH : 0);
     }
     g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
 
@@ -6477,6 +6486,9 @@ static void test_together_few(int unused)
         g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
     }
     g_assert_cmpuint(together_section(&t, BATCH_MIN), ==, 0);
+    for (int i = 0; i < BATCH_PERIOD; i++) {
+        together_section(&t, BATCH_MIN);
+    }
     g_assert_cmpuint(together_section(&t, BATCH_MIN), ==, BATCH_MIN);
 
     /* Those that come in between go with them, but not for long. */
@@ -6606,6 +6618,7 @@ static void test_together_refused(int unused)
     g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH - 2);
     file_stats(&t);
     hooks_reset();
+    g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
     g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
 
     raw_aio_set_fd(&t.f, reopen(&t, t.kind));
