@@ -155,6 +155,15 @@ class Table:
                 found[row] = min(time['median'] for time in times_of)
         return found
 
+    def best(self):
+        """{row: the best time of all, floors too}: what the machine can be brought to do."""
+        found = {}
+        for row, entries in self.rows.items():
+            times = [entry['us_per_request'] for entry in entries.values() if not verdict(entry)]
+            if any(times):
+                found[row] = min(time['median'] for time in times if time)
+        return found
+
     def overall(self):
         """All rows in one figure, against each mode of stock."""
         ours = [s for s in ('ours-threads', 'ours-native') if s in self.subjects]
@@ -163,13 +172,14 @@ class Table:
             return
         self.lines += ['', 'All rows: geometric mean of how many times faster than each of stock, where that is not '
                        'refused', '']
-        lines = [(s, [s]) for s in ours]
+        lines = [(s, self.medians(s)) for s in ours]
         if len(ours) > 1:
-            lines.append(('the better in each', ours))
-        for label, subjects in lines:
+            lines.append(('the better in each', self.medians(*ours)))
+        lines.append(('best of ours, stock, fio', self.best()))
+        for label, times in lines:
             cells = {}
             for reference in stock:
-                found = stats.overall(self.medians(*subjects), self.medians(reference))
+                found = stats.overall(times, self.medians(reference))
                 if found:
                     cells[reference] = f'{found[0]:.2f}x of {found[1]}'
             self.line(label, cells)
