@@ -192,6 +192,24 @@ class Table:
         return '\n'.join(self.lines)
 
 
+def merged(documents):
+    """One of several of the same machine: where they have the same row, that of the last."""
+    first = documents[0]
+    for later in documents[1:]:
+        for key in ('kernel', 'cpu_model', 'cpus', 'memory_mib', 'file_system', 'device'):
+            if later['machine'].get(key) != first['machine'].get(key):
+                raise ValueError(f'not of one machine: {key}')
+        rows = list(by_row(later))
+        results = [e for e in first['results'] if e['row'] not in rows] + later['results']
+        order = list(by_row(first)) + rows
+        about = tuple(f'row {row}:' for row in rows)
+        first = {**first, 'results': sorted(results, key=lambda e: order.index(e['row'])),
+                 'notes': [n for n in first.get('notes', []) if not n.startswith(about)] +
+                 [n for n in later.get('notes', []) if n.startswith(about)] +
+                 [f'measured on their own, later ({later["machine"].get("date")}): {", ".join(rows)}']}
+    return first
+
+
 def remarks(document):
     """Refusals, crashes and so on with their reasons, then what to beware of."""
     found = {}
