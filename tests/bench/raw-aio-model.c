@@ -65,6 +65,7 @@ static struct {
     ModelOp *head;          /* the next one, which may have to wait */
     GQueue settle;          /* ModelCluster */
     unsigned in_flight;
+    unsigned again;         /* of these: failed, and were sent again */
     unsigned handed_over;   /* of them, not with the target yet */
     unsigned extending;     /* of them, with .extends */
     ModelOp *main_op;       /* for the main thread; nothing is sent meanwhile */
@@ -511,6 +512,7 @@ static void op_end_locked(ModelOp *op, int ret, const uint8_t *data)
     state.cancelled += ret == -ECANCELED;
     state.cancelled_asleep += ret == -ECANCELED && model_tolerate_sleeps();
     state.extending -= op->extends;
+    state.again -= op->sent_again;
     state.in_flight--;
 }
 
@@ -532,6 +534,9 @@ void model_op_done(void *opaque, int ret)
     }
     if (ret < 0 && model_tolerate_again(op)) {
         say(op, "again", ret);
+        WITH_QEMU_LOCK_GUARD(&state.lock) {
+            state.again++;
+        }
         target->send(op);
         return;
     }
@@ -658,8 +663,11 @@ static void drain(void)
 
     target->drain();
     QEMU_LOCK_GUARD(&state.lock);
-    /* Those of IOThreads end for QEMU just before they do so here. */
-    if (state.in_flight && !opt.iothreads && !opt.callback) {
+    /*
+     * Those of IOThreads end for QEMU just before they do so here.  What fails
+     * during the drain and is sent again waits for its end.
+     */
+    if (state.in_flight > state.again && !opt.iothreads && !opt.callback) {
         model_found(EXIT_FAILURE, NULL, "%u requests are in flight after a "
                     "drain", state.in_flight);
     }
