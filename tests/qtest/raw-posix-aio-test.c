@@ -62,6 +62,7 @@ typedef struct TestCase {
 
 typedef struct Stats {
     uint64_t inline_served;
+    uint64_t inline_batched;
     uint64_t native_served;
     uint64_t native_refused;
     uint64_t pool_served;
@@ -414,6 +415,7 @@ static Stats disk_stats(Disk *disk)
     g_assert_nonnull(aio);
     stats = (Stats) {
         .inline_served = qdict_get_int(aio, "inline-served"),
+        .inline_batched = qdict_get_int(aio, "inline-batched"),
         .native_served = qdict_get_int(aio, "native-served"),
         .native_refused = qdict_get_int(aio, "native-refused"),
         .pool_served = qdict_get_int(aio, "pool-served"),
@@ -459,7 +461,15 @@ static void disk_check_tiers(Disk *disk, const Stats *old, uint64_t reqs,
     if (!expect_native(disk->tc)) {
         g_assert_cmpuint(new.native_served, ==, 0);
         g_assert_cmpuint(new.native_refused, ==, 0);
-        g_assert_cmpuint(new.ring_size, ==, 0);
+        if (!g_str_equal(disk->tc->aio, "native") ||
+            is_disabled(disk->tc, "inline") ||
+            is_disabled(disk->tc, "native")) {
+            g_assert_cmpuint(new.ring_size, ==, 0);
+        }
+    }
+    g_assert_cmpuint(new.inline_batched, <=, new.inline_served);
+    if (!new.ring_size) {
+        g_assert_cmpuint(new.inline_batched, ==, 0);
     }
 }
 
