@@ -7074,6 +7074,7 @@ static void test_switches(int unused)
                     RAW_AIO_DISABLE_NOWAIT | RAW_AIO_DISABLE_PREADV);
     g_assert_cmphex(parse_switches(",native,"), ==, RAW_AIO_DISABLE_NATIVE);
     g_assert_cmphex(parse_switches("iocbv"), ==, RAW_AIO_DISABLE_IOCBV);
+    g_assert_cmphex(parse_switches("batch"), ==, RAW_AIO_DISABLE_BATCH);
 
     g_test_trap_subprocess(NULL, 0, 0);
     g_test_trap_assert_passed();
