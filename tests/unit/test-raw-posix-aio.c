@@ -5848,7 +5848,7 @@ static void test_array_engine(int kind)
         hooks_reset();
         g_assert_cmpint(file_rw(&t, QEMU_AIO_WRITE | RAW_AIO_ZONED, 0, 4 * BLK,
                                 4, 0, 0), ==, 0);
-        g_assert_cmpuint(iocbs(IOCB_READ, 0), ==, 0);
+        g_assert_cmpuint(iocbs(-1, -1), ==, 0);
         ASSERT_STATS(&t, 0, 0, 1, 0);
         g_assert_cmpint(file_rw(&t, QEMU_AIO_WRITE | RAW_AIO_ZONED, 0, 4 * BLK,
                                 1, 0, 0), ==, 0);
