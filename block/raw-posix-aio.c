@@ -552,17 +552,27 @@ PAIOPool *raw_aio_current_pool(void)
 }
 
 #ifdef CONFIG_LINUX_AIO
-static RawLaioRing *raw_aio_context_ring(RawAIOContext *home)
+/*
+ * Without a ring the native tier has to warn, as @needed says.  Reads that
+ * could go together lose nothing but time: for these a trace event is enough.
+ */
+static RawLaioRing *raw_aio_context_ring(RawAIOContext *home, bool needed)
 {
-    if (unlikely(!home->ring && !home->ring_tried)) {
+    bool *tried = needed ? &home->ring_tried : &home->batch_tried;
+
+    if (unlikely(!home->ring && !*tried)) {
         Error *local_err = NULL;
 
-        home->ring_tried = true;
+        *tried = true;
         home->ring = raw_laio_new(home->ctx, &local_err);
         if (!home->ring) {
             trace_raw_aio_no_ring(home->ctx, error_get_pretty(local_err));
-            raw_laio_warn(local_err, "aio=native is not available, worker "
-                          "threads do the I/O: ");
+            if (needed) {
+                raw_laio_warn(local_err, "aio=native is not available, worker "
+                              "threads do the I/O: ");
+            } else {
+                error_free(local_err);
+            }
         }
     }
     return home->ring;
@@ -1014,16 +1024,6 @@ static void raw_aio_batch_cb(void *opaque, ssize_t res)
     raw_aio_begin_pool(req);
 }
 
-/* Without a ring nothing is lost here, so nothing is said. */
-static RawLaioRing *raw_aio_batch_ring(RawAIOContext *home)
-{
-    if (unlikely(!home->ring && !home->batch_tried)) {
-        home->batch_tried = true;
-        home->ring = raw_laio_new(home->ctx, NULL);
-    }
-    return home->ring;
-}
-
 static void raw_aio_section_end(void *opaque)
 {
     RawAIOContext *home = opaque;
@@ -1087,7 +1087,7 @@ static bool raw_aio_batch(RawAIORequest *req)
                                 raw_aio_knows(desc, RAW_AIO_NO_READ_IOCBV))) {
         return false;
     }
-    ring = raw_aio_batch_ring(home);
+    ring = raw_aio_context_ring(home, false);
     if (!ring || !raw_laio_has_room(ring)) {
         return false;
     }
@@ -1405,7 +1405,7 @@ static bool raw_aio_begin_native(RawAIORequest *req)
     if (is_flush ? qatomic_read(&f->was_cached) : raw_aio_makes_stable(req)) {
         return false;
     }
-    ring = raw_aio_context_ring(req->home);
+    ring = raw_aio_context_ring(req->home, true);
     if (!ring) {
         raw_aio_count(f, RAW_AIO_NATIVE_REFUSED);
         return false;
