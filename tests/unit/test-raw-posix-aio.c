@@ -6658,6 +6658,40 @@ static void test_together_cancel(int unused)
     together_close(&t);
 }
 
+static Req next_reads[INLINE_BLKS];
+
+static void together_next(Req *r)
+{
+    Req *next = &next_reads[r->offset / BLK];
+
+    req_init(next, BLK, 1, true);
+    req_start(next, r->t, QEMU_AIO_READ, r->offset, 0);
+}
+
+/*
+ * They take all that the event loop may do in a turn, and what is sent when
+ * they complete is of the next one.
+ */
+static void test_together_turn(int unused)
+{
+    Req r[INLINE_BLKS];
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    defer_call_begin();
+    together_start(r, &t, INLINE_BLKS);
+    for (int i = 0; i < INLINE_BLKS; i++) {
+        r[i].hook = together_next;
+    }
+    defer_call_end();
+    together_end(r, INLINE_BLKS);
+    together_end(next_reads, INLINE_BLKS);
+    ASSERT_INLINE(&t, 2 * INLINE_BLKS, 0, 0, 0);
+    together_close(&t);
+}
+
 /* A nested event loop waits for them before the section ends. */
 static void test_together_nested(int unused)
 {
@@ -7679,6 +7713,7 @@ static const struct TestCase {
     { "/raw-aio/together/nested/main", test_together_nested },
     { "/raw-aio/together/nested/iothread", test_together_nested, 0, true },
     { "/raw-aio/together/full", test_together_full, 0, true },
+    { "/raw-aio/together/turn", test_together_turn, 0, true },
     { "/raw-aio/together/stalls", test_together_stalls },
     { "/raw-aio/together/no-ring", test_together_no_ring },
     { "/raw-aio/by-worker/answers", test_by_worker },
