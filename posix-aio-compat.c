@@ -627,10 +627,16 @@ static void paio_push_done(PAIOPool *pool, PAIORequest *req)
     }
 }
 
-static void paio_run(PAIOPool *pool, PAIORequest *req)
+/* Returns: when it was done */
+static int64_t paio_run(PAIOPool *pool, PAIORequest *req)
 {
+    int64_t end;
+
     req->ret = req->func(req->arg);
+    /* Before the push: whom that wakes may take this CPU. */
+    end = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     paio_push_done(pool, req);
+    return end;
 }
 
 /* The lock is held on entry and exit, but not while the request runs. */
@@ -643,8 +649,7 @@ static void paio_run_unlocked(PAIOPool *pool, PAIORequest *req)
 
     qemu_mutex_unlock(&pool->lock);
     start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    paio_run(pool, req);
-    end = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    end = paio_run(pool, req);
     qemu_mutex_lock(&pool->lock);
 
     paio_average(&pool->run_ns, end - start, 4 * PAIO_SPIN_MAX_NS);
