@@ -83,7 +83,9 @@
  * A lane gets wider when a request takes longer than this for each of those
  * that run side by side, and narrower again below half of it.  Above what a
  * write to the page cache takes, and below what it takes when it waits for a
- * disk or a server.
+ * disk or a server.  For reads that are under way it is the disk's pace that
+ * counts: above 20,000 a second one worker keeps up with it, and with less it
+ * matters little how many are woken, but much that none waits for an older one.
  */
 #define PAIO_LANE_SLOW_NS (100 * SCALE_US)
 

@@ -42,12 +42,13 @@ typedef enum PAIOClass {
 
 /*
  * Number of lanes.  Requests of one lane run one after another, because the
- * kernel would make them wait for each other in any case, and a worker that
- * waits for a lock is worse than a request that waits in a list.  If they take
- * long all the same, more of them run side by side.  Many more lanes than a VM
- * has busy disks; two users of one lane only wait for each other now and then.
+ * kernel would make them wait for each other in any case, or because the disk
+ * is at work for all of them already; and a worker that waits is worse than a
+ * request that waits in a list.  If they take long all the same, more of them
+ * run side by side.  Many more lanes than a VM has busy disks, of which each
+ * has two; two users of one lane only wait for each other now and then.
  */
-#define PAIO_LANES 64
+#define PAIO_LANES 128
 
 /* Where a request is; who may change it is said at each transition. */
 typedef enum PAIOState {

@@ -22,6 +22,7 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/utsname.h>
 #include "qapi/error.h"
 #include "qemu/atomic.h"
 #include "qemu/coroutine.h"
@@ -104,6 +105,13 @@
 #define RAW_AIO_COST_MAX_NS     (20 * SCALE_US)
 
 /*
+ * Reads that the event loop only begins cost more than those which it does, and
+ * how much more depends on how many go together: the disk is told once for all.
+ * The next ones are taken for such if most of about so many were.
+ */
+#define RAW_AIO_MISSES          8
+
+/*
  * How long (ms) the event loop submits nothing for a file that made it wait.
  * Twice as long each time it does so again, up to 64 times, which leaves less
  * than 1 % of the time to stalls of half a second.  As long again without a
@@ -137,6 +145,16 @@ typedef struct RawAIOHint {
 } RawAIOHint;
 
 /*
+ * What a read in the event loop costs (ns; 0: unknown), alone and in a batch;
+ * and how many sections could choose.  Atomic, but only hints.
+ */
+typedef struct RawAIOReadCost {
+    unsigned single_ns;
+    unsigned batch_ns;
+    unsigned choices;
+} RawAIOReadCost;
+
+/*
  * A descriptor lives until the last request that began on it has ended, even
  * when raw_set_perm() has replaced it meanwhile.
  */
@@ -144,19 +162,16 @@ struct RawAIODesc {
     struct rcu_head rcu;    /* first, as g_free_rcu() wants it */
     int fd;                 /* constant */
     bool direct;            /* O_DIRECT; constant, nobody changes it */
-    unsigned lane;          /* of such writes, see PAIORequest; constant */
+    unsigned write_lane;    /* of cached writes, see PAIORequest; constant */
+    unsigned read_lane;     /* of cached reads that have begun; constant */
     int refcnt;             /* atomic */
     unsigned learnt;        /* atomic, bits are only added */
     RawAIOHint inline_read, inline_write;
     RawAIOHint native_read, native_write; /* with RWF_NOWAIT */
     unsigned at_once;       /* see RAW_AIO_AT_ONCE; atomic hint */
-    /*
-     * What a read in the event loop costs (ns; 0: unknown), alone and in a
-     * batch; and how many sections could choose.  Atomic hints.
-     */
-    unsigned single_ns;
-    unsigned batch_ns;
-    unsigned choices;
+    RawAIOReadCost served;  /* of reads that the event loop did */
+    RawAIOReadCost begun;   /* ... and of those that it only began */
+    unsigned misses;        /* of the last reads or so; atomic hint */
     /*
      * Until when (ms of get_clock(), wraps around) the event loop submits
      * nothing, and how often it had to wait lately; 0: never.  Atomic hints.
@@ -217,6 +232,7 @@ typedef struct RawAIORequest {
     bool array;             /* ... and one iocb for each element */
     bool batched;           /* an inline read that is in the ring */
     bool partial;           /* another tier has transferred a part, or all */
+    bool begun;             /* a read that the disk is at work for */
 
     PAIORequest pool;
 #ifdef CONFIG_LINUX_AIO
@@ -285,20 +301,26 @@ static bool raw_aio_has_preadv(const RawAIOFile *f)
  * Descriptors
  */
 
+static unsigned raw_aio_new_lane(void)
+{
+    static unsigned next;   /* atomic, no ordering needed */
+
+    return qatomic_fetch_inc(&next) % PAIO_LANES + 1;
+}
+
 /*
  * Kernels hold the lock of the inode over a write to the page cache, and over
  * the submission of one that allocates, so several workers that do so to one
  * regular file only wait for each other.
  */
-static unsigned raw_aio_choose_lane(int fd)
+static unsigned raw_aio_new_write_lane(int fd)
 {
-    static unsigned next;   /* atomic, no ordering needed */
     struct stat st;
 
     if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
         return 0;
     }
-    return qatomic_fetch_inc(&next) % PAIO_LANES + 1;
+    return raw_aio_new_lane();
 }
 
 static RawAIODesc *raw_aio_desc_new(int fd)
@@ -308,7 +330,8 @@ static RawAIODesc *raw_aio_desc_new(int fd)
 
     desc->fd = fd;
     desc->direct = flags != -1 && (flags & O_DIRECT);
-    desc->lane = raw_aio_choose_lane(fd);
+    desc->write_lane = raw_aio_new_write_lane(fd);
+    desc->read_lane = raw_aio_new_lane();
     desc->refcnt = 1;
     return desc;
 }
@@ -412,22 +435,49 @@ static void raw_aio_cost(unsigned *cost, int64_t ns)
     qatomic_set(cost, ns);
 }
 
+/* Whether the event loop will rather begin the next reads than do them */
+static bool raw_aio_expects_misses(RawAIODesc *desc)
+{
+    return qatomic_read(&desc->misses) > RAW_AIO_MISSES / 2;
+}
+
+/*
+ * The event loop has done a read, or has only begun it.
+ *
+ * Returns: where to note the cost
+ */
+static RawAIOReadCost *raw_aio_read_was(RawAIODesc *desc, bool served)
+{
+    unsigned misses = qatomic_read(&desc->misses);
+
+    if (served) {
+        if (misses) {
+            qatomic_set(&desc->misses, misses - 1);
+        }
+        return &desc->served;
+    }
+    if (misses < RAW_AIO_MISSES) {
+        qatomic_set(&desc->misses, misses + 1);
+    }
+    return &desc->begun;
+}
+
 #ifdef CONFIG_LINUX_AIO
 /* Not the way to go, as long as nothing better is known of it */
-static void raw_aio_batch_bad(RawAIODesc *desc)
+static void raw_aio_batch_bad(RawAIOReadCost *cost)
 {
-    if (!qatomic_read(&desc->batch_ns)) {
-        qatomic_set(&desc->batch_ns, RAW_AIO_COST_MAX_NS);
+    if (!qatomic_read(&cost->batch_ns)) {
+        qatomic_set(&cost->batch_ns, RAW_AIO_COST_MAX_NS);
     }
 }
 
-/* A read was done within io_submit(2). */
-static void raw_aio_batch_cost(RawAIORequest *req)
+/* A read was done, or begun, within io_submit(2). */
+static void raw_aio_batch_cost(RawAIORequest *req, RawAIOReadCost *cost)
 {
     if (req->laio.together >= RAW_AIO_BATCH_MIN) {
-        raw_aio_cost(&req->desc->batch_ns, req->laio.cost_ns);
+        raw_aio_cost(&cost->batch_ns, req->laio.cost_ns);
     } else {
-        raw_aio_batch_bad(req->desc);
+        raw_aio_batch_bad(cost);
     }
 }
 #endif
@@ -880,14 +930,16 @@ static void raw_aio_pool_cb(void *opaque, int ret)
 static void raw_aio_begin_pool(RawAIORequest *req)
 {
     bool stable = raw_aio_makes_stable(req);
+    bool cached_write = raw_aio_is_write(req->type) && !stable &&
+                        !req->desc->direct;
 
     trace_raw_aio_begin_pool(req->file, req, req->done);
     req->pool = (PAIORequest) {
         .func = raw_aio_blocking,
         .arg = req,
         .class = stable ? PAIO_SLOW : PAIO_NORMAL,
-        .lane = raw_aio_is_write(req->type) && !stable && !req->desc->direct
-                ? req->desc->lane : 0,
+        .lane = cached_write ? req->desc->write_lane :
+                req->begun ? req->desc->read_lane : 0,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };
@@ -959,6 +1011,34 @@ static bool raw_aio_may_inline(const RawAIORequest *req)
 }
 
 /*
+ * Whether a read that RWF_NOWAIT refuses with EAGAIN has been sent to the disk
+ * all the same: Linux does so since 5.9.  Then a worker can collect one after
+ * another, and to begin them here is worth while even if all of them miss.
+ */
+static bool raw_aio_misses_begin(void)
+{
+    static gsize answer;    /* 1: no, 2: yes */
+
+    if (g_once_init_enter(&answer)) {
+        struct utsname uts;
+        int major = 0, minor = 0;
+
+        if (uname(&uts) == 0) {
+            sscanf(uts.release, "%d.%d", &major, &minor);
+        }
+        g_once_init_leave(&answer,
+                          major > 5 || (major == 5 && minor >= 9) ? 2 : 1);
+    }
+    return answer == 2;
+}
+
+static RawAIOHint *raw_aio_inline_hint(const RawAIORequest *req)
+{
+    return raw_aio_is_write(req->type) ? &req->desc->inline_write
+                                       : &req->desc->inline_read;
+}
+
+/*
  * The event loop has not served a request, or not all of it.  Whatever it was:
  * the pool does the rest without the flag, and decides.
  */
@@ -968,6 +1048,11 @@ static void raw_aio_inline_missed(RawAIORequest *req, ssize_t res,
     RawAIOFile *f = req->file;
 
     req->tried_inline = true;
+    req->begun = (req->type & QEMU_AIO_READ) && !req->desc->direct &&
+                 (res >= 0 || res == -EAGAIN) && raw_aio_misses_begin();
+    if (!req->begun) {
+        raw_aio_hint_answer(raw_aio_inline_hint(req), false);
+    }
     if (res < 0) {
         trace_raw_aio_inline_refused(f, req, res);
         if (raw_aio_means_unsupported(res) || res == -EIO) {
@@ -1002,7 +1087,6 @@ static void raw_aio_batch_cb(void *opaque, ssize_t res)
 {
     RawAIORequest *req = opaque;
     RawAIODesc *desc = req->desc;
-    bool served = res == raw_aio_bytes(req);
 
     raw_aio_dispatched(req->home);
     if (unlikely(req->laio.stalled_ns)) {
@@ -1012,15 +1096,20 @@ static void raw_aio_batch_cb(void *opaque, ssize_t res)
         raw_aio_end(req, RAW_AIO_INLINE_SERVED, res);
         return;
     }
-    raw_aio_hint_answer(&desc->inline_read, served);
-    if (served) {
-        raw_aio_batch_cost(req);
+    if (res == raw_aio_bytes(req)) {
+        raw_aio_hint_answer(&desc->inline_read, true);
+        raw_aio_batch_cost(req, raw_aio_read_was(desc, true));
         raw_aio_count(req->file, RAW_AIO_INLINE_BATCHED);
         raw_aio_end(req, RAW_AIO_INLINE_SERVED, 0);
         return;
     }
-    raw_aio_batch_bad(desc);
     raw_aio_inline_missed(req, res, RAW_AIO_NO_READ_BATCH);
+    if (req->begun) {
+        raw_aio_batch_cost(req, raw_aio_read_was(desc, false));
+    } else {
+        raw_aio_batch_bad(&desc->served);
+        raw_aio_batch_bad(&desc->begun);
+    }
     raw_aio_begin_pool(req);
 }
 
@@ -1039,12 +1128,14 @@ static void raw_aio_section_end(void *opaque)
 /* Whether the reads of a section should go together */
 static bool raw_aio_prefers_batch(RawAIODesc *desc)
 {
-    unsigned single = qatomic_read(&desc->single_ns);
-    unsigned batch = qatomic_read(&desc->batch_ns);
-    unsigned n = qatomic_read(&desc->choices) + 1;
+    RawAIOReadCost *cost = raw_aio_expects_misses(desc) ? &desc->begun
+                                                        : &desc->served;
+    unsigned single = qatomic_read(&cost->single_ns);
+    unsigned batch = qatomic_read(&cost->batch_ns);
+    unsigned n = qatomic_read(&cost->choices) + 1;
     bool cheaper = batch + RAW_AIO_BATCH_EXTRA_NS < single;
 
-    qatomic_set(&desc->choices, n);
+    qatomic_set(&cost->choices, n);
     if (!single || !batch) {
         return single;
     }
@@ -1125,7 +1216,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     RawAIOContext *home = req->home;
     size_t bytes = raw_aio_bytes(req);
     int rwf = desc->direct ? 0 : RAW_AIO_RWF_NOWAIT;
-    RawAIOHint *hint;
+    bool is_read = req->type & QEMU_AIO_READ;
     int64_t stalled_ns;
     ssize_t len;
     int ret;
@@ -1134,9 +1225,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
         raw_aio_knows(desc, raw_aio_no_inline(req))) {
         return false;
     }
-    hint = raw_aio_is_write(req->type) ? &desc->inline_write
-                                       : &desc->inline_read;
-    if (!raw_aio_hint_ask(hint)) {
+    if (!raw_aio_hint_ask(raw_aio_inline_hint(req))) {
         trace_raw_aio_inline_skip(f, req, "mostly in vain");
         return false;
     }
@@ -1149,7 +1238,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
         return false;
     }
 
-    if (f->native && !raw_aio_is_write(req->type) && raw_aio_batch(req)) {
+    if (f->native && is_read && raw_aio_batch(req)) {
         return false;
     }
 
@@ -1161,16 +1250,17 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     if (unlikely(stalled_ns)) {
         raw_aio_stalled(f, desc, stalled_ns);
     }
-    raw_aio_hint_answer(hint, len == bytes);
     if (len == bytes) {
-        if (f->native && !raw_aio_is_write(req->type)) {
-            raw_aio_cost(&desc->single_ns, home->watch.took_ns);
-        }
+        raw_aio_hint_answer(raw_aio_inline_hint(req), true);
         req->partial = true; /* Nothing can be cancelled any more. */
-        return true;
+    } else {
+        raw_aio_inline_missed(req, ret, rwf ? raw_aio_no_inline(req) : 0);
     }
-    raw_aio_inline_missed(req, ret, rwf ? raw_aio_no_inline(req) : 0);
-    return false;
+    if (f->native && is_read && (len == bytes || req->begun)) {
+        raw_aio_cost(&raw_aio_read_was(desc, len == bytes)->single_ns,
+                     home->watch.took_ns);
+    }
+    return len == bytes;
 }
 #else
 static bool raw_aio_try_inline(RawAIORequest *req)
@@ -1291,7 +1381,7 @@ static void raw_aio_native_done(RawAIORequest *req, ssize_t res)
         unsigned n = qatomic_read(&req->desc->at_once);
 
         if (req->laio.at_once) {
-            raw_aio_batch_cost(req);
+            raw_aio_batch_cost(req, &req->desc->served);
         }
         qatomic_set(&req->desc->at_once, !req->laio.at_once ? 0 :
                                          MIN(n + 1, RAW_AIO_AT_ONCE));
@@ -1375,7 +1465,7 @@ static bool raw_aio_begin_by_worker(RawAIORequest *req)
         .func = raw_aio_submit_in_worker,
         .arg = req,
         .class = PAIO_NORMAL,
-        .lane = raw_aio_is_write(req->type) ? req->desc->lane : 0,
+        .lane = raw_aio_is_write(req->type) ? req->desc->write_lane : 0,
         .cb = raw_aio_submitted_cb,
         .opaque = req,
     };

@@ -13,6 +13,7 @@
 #include <dlfcn.h>
 #include <sys/resource.h>
 #include <sys/uio.h>
+#include <sys/utsname.h>
 #include "block/aio.h"
 #include "block/aio-wait.h"
 #include "block/block.h"
@@ -616,6 +617,16 @@ int fdatasync(int fd)
     }
     errno = -ret;
     return ret ? -1 : 0;
+}
+
+/* What uname() says of the kernel, whatever this one is */
+static const char *fake_release = "5.9.0";
+
+int uname(struct utsname *uts)
+{
+    memset(uts, 0, sizeof(*uts));
+    pstrcpy(uts->release, sizeof(uts->release), fake_release);
+    return 0;
 }
 
 #ifdef CONFIG_LINUX_AIO
@@ -4496,11 +4507,15 @@ static int hint_tries_of(int n)
     return tries;
 }
 
-/* A file that is not in the page cache is asked less often. */
+/*
+ * A file that makes the event loop try in vain is asked less often.  What is
+ * not in the page cache is that for writes, but reads of it have begun.
+ */
 static void test_inline_adapt(int dir_index)
 {
     const struct Dir *dir = &dirs[dir_index], *other = &dirs[!dir_index];
     bool has_other = may_inline(other);
+    int err = dir_index ? -EAGAIN : -ENOMEM;
     TestFile t;
 
     if (!may_inline(dir)) {
@@ -4510,13 +4525,13 @@ static void test_inline_adapt(int dir_index)
         return;
     }
 
-    /* Half of them are misses, or two of three: always */
+    /* Half of them are in vain, or two of three: always */
     for (int misses = 1; misses <= 2; misses++) {
         inline_renew(&t);
         for (int i = 0; i < 60; i++) {
             hooks_reset();
             t.coroutine = i & 1;
-            fault(dir->nowait, misses, -EAGAIN);
+            fault(dir->nowait, misses, err);
             for (int j = 0; j <= misses; j++) {
                 g_assert_cmpint(file_rw(&t, dir->type, j * BLK, BLK, 1, 0, 0),
                                 ==, 0);
@@ -4529,7 +4544,7 @@ static void test_inline_adapt(int dir_index)
         t.coroutine = round;
 
         inline_renew(&t);
-        fault(dir->nowait, ALWAYS, -EAGAIN);
+        fault(dir->nowait, ALWAYS, err);
         for (int i = 1; i <= 270; i++) {
             g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
             g_assert_cmpuint(calls(dir->nowait), ==, hint_tries_of(i));
@@ -4558,7 +4573,7 @@ static void test_inline_adapt(int dir_index)
 
         /* Now it is as new. */
         hooks_reset();
-        fault(dir->nowait, 4, -EAGAIN);
+        fault(dir->nowait, 4, err);
         for (int i = 0; i < 5; i++) {
             g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
         }
@@ -4567,7 +4582,7 @@ static void test_inline_adapt(int dir_index)
 
     /* Another descriptor is asked at once. */
     hooks_reset();
-    fault(dir->nowait, ALWAYS, -EAGAIN);
+    fault(dir->nowait, ALWAYS, err);
     for (int i = 0; i < 200; i++) {
         g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
     }
@@ -4576,6 +4591,165 @@ static void test_inline_adapt(int dir_index)
     g_assert_cmpint(file_rw(&t, dir->type, 0, BLK, 1, 0, 0), ==, 0);
     ASSERT_INLINE(&t, 1, 0, 0, 0);
     file_close(&t);
+}
+
+/* Let the pool have so many workers. */
+static void grow_pool(TestFile *t, int n)
+{
+    g_autofree Req *r = g_new(Req, n);
+
+    gate_close(1u << CALL_PREAD | 1u << CALL_PREADV, file_fd(t));
+    for (int i = 0; i < n; i++) {
+        req_init(&r[i], 2 * INLINE_MAX, 1, false);
+        req_start(&r[i], t, QEMU_AIO_READ, 0, 0);
+    }
+    gate_wait(n);
+    gate_open();
+    for (int i = 0; i < n; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        req_destroy(&r[i]);
+    }
+    file_stats(t);
+    hooks_reset();
+}
+
+/* Until the workers have forgotten what they did */
+static void wait_for_idle_pool(void)
+{
+    PAIOPoolInfo info;
+
+    do {
+        g_usleep(100);
+        paio_pool_get_info(raw_aio_current_pool(), &info);
+    } while (info.idle < info.threads);
+}
+
+static int at_gate(void)
+{
+    int n;
+
+    pthread_mutex_lock(&hooks.lock);
+    n = hooks.at_gate;
+    pthread_mutex_unlock(&hooks.lock);
+    return n;
+}
+
+/*
+ * Reads that are not in the page cache: the event loop begins all of them, and
+ * one worker collects them in order.  If that takes long there are more.
+ */
+#define BEGUN 6
+#define BEGUN_WORKERS 3
+
+static void begun_send(TestFile *t, Req *r)
+{
+    fault(CALL_PREADV2, BEGUN, -EAGAIN);
+    gate_close(1u << CALL_PREAD, file_fd(t));
+    defer_call_begin();
+    for (int i = 0; i < BEGUN; i++) {
+        req_init(&r[i], BLK, 1, false);
+        req_start(&r[i], t, QEMU_AIO_READ, i * BLK, 0);
+    }
+    defer_call_end();
+}
+
+static void begun_end(TestFile *t, Req *r)
+{
+    gate_open();
+    for (int i = 0; i < BEGUN; i++) {
+        g_assert_cmpint(req_wait(&r[i]), ==, 0);
+        check(r[i].buf, i * BLK, BLK, 0);
+        req_destroy(&r[i]);
+    }
+    ASSERT_INLINE(t, 0, BEGUN, BEGUN, 0);
+    hooks_reset();
+}
+
+static void test_inline_begun(int kind)
+{
+    int failed = 0;
+    Req r[BEGUN];
+    TestFile t;
+
+    if (!file_open(&t, kind)) {
+        return;
+    }
+    disable(&t, RAW_AIO_DISABLE_BATCH);
+    grow_pool(&t, BEGUN_WORKERS);
+    fault(CALL_PREADV2, ALWAYS, -EAGAIN);
+    for (int i = 0; i < 300; i++) {
+        g_assert_cmpint(file_read(&t, i % FILE_BLKS * BLK, BLK, 1, 0), ==, 0);
+    }
+    ASSERT_INLINE(&t, 0, 300, 300, 0);
+    hooks_reset();
+    wait_for_idle_pool();
+
+    /* As long as the event loop does not look, they are one behind another. */
+    begun_send(&t, r);
+    while (!at_gate()) {
+        g_usleep(100);
+    }
+    g_usleep(5000);
+    g_assert_cmpint(at_gate(), ==, 1);
+    g_assert_cmpint(hooks.log[BEGUN].offset, ==, 0);
+    begun_end(&t, r);
+
+    /* One that takes long does not hold up the others for ever. */
+    begun_send(&t, r);
+    gate_wait(BEGUN);
+    begun_end(&t, r);
+
+    /* An error is the request's own. */
+    fault(CALL_PREAD, 1, -EIO);
+    begun_send(&t, r);
+    gate_open();
+    for (int i = 0; i < BEGUN; i++) {
+        int ret = req_wait(&r[i]);
+
+        g_assert(ret == 0 || ret == -EIO);
+        failed += ret == -EIO;
+        req_destroy(&r[i]);
+    }
+    g_assert_cmpint(failed, ==, 1);
+    hooks_reset();
+    g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+    ASSERT_INLINE(&t, 1, BEGUN, BEGUN, 0);
+    file_close(&t);
+}
+
+/* Before Linux 5.9 they do not begin: each may have to wait for all of it. */
+static void test_inline_not_begun(int unused)
+{
+    Req r[BEGUN];
+    TestFile t;
+
+    if (g_test_subprocess()) {
+        fake_release = "5.8.18-1-amd64";
+        if (!file_open(&t, INLINE)) {
+            return;
+        }
+        grow_pool(&t, BEGUN_WORKERS);
+        begun_send(&t, r);
+        while (at_gate() < BEGUN_WORKERS) {
+            g_usleep(100);
+        }
+        gate_open();
+        for (int i = 0; i < BEGUN; i++) {
+            g_assert_cmpint(req_wait(&r[i]), ==, 0);
+            req_destroy(&r[i]);
+        }
+        ASSERT_INLINE(&t, 0, 5, 6, 0);
+        inline_renew(&t);
+        fault(CALL_PREADV2, ALWAYS, -EAGAIN);
+        for (int i = 1; i <= 270; i++) {
+            g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
+        }
+        ASSERT_INLINE(&t, 0, hint_tries_of(270), 270, 0);
+        file_close(&t);
+        return;
+    }
+    g_test_trap_subprocess(NULL, 0, 0);
+    g_test_trap_assert_passed();
 }
 
 #ifdef CONFIG_TRACE_LOG
@@ -4593,7 +4767,7 @@ static void test_inline_trace(int refuse)
         trace_enable_events("raw_aio_inline_*");
         qemu_set_log(LOG_TRACE, &error_abort);
         if (refuse) {
-            fault(CALL_PREADV2, 5, -EAGAIN);
+            fault(CALL_PREADV2, 5, -ENOMEM);
             for (int i = 0; i < 6; i++) {
                 g_assert_cmpint(file_read(&t, 0, BLK, 1, 0), ==, 0);
             }
@@ -4611,7 +4785,7 @@ static void test_inline_trace(int refuse)
     g_test_trap_subprocess(NULL, 0, 0);
     g_test_trap_assert_passed();
     if (refuse) {
-        g_test_trap_assert_stderr("*raw_aio_inline_refused*ret -11*"
+        g_test_trap_assert_stderr("*raw_aio_inline_refused*ret -12*"
                                   "raw_aio_inline_skip*mostly in vain*");
         g_test_trap_assert_stderr_unmatched("*enough for this turn*");
     } else {
@@ -6614,7 +6788,7 @@ static void test_together_refused(int unused)
     }
     together_costs(2000, 500);
     g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
-    forge_iocb(IOCB_READ, 1, 5, 2, -EAGAIN);
+    forge_iocb(IOCB_READ, 1, 5, 2, -ENOMEM);
     g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH - 2);
     file_stats(&t);
     hooks_reset();
@@ -6623,7 +6797,7 @@ static void test_together_refused(int unused)
 
     raw_aio_set_fd(&t.f, reopen(&t, t.kind));
     g_assert_cmpuint(together_section(&t, BATCH), <, BATCH);
-    forge_iocb(IOCB_READ, 1, 0, BATCH, -EAGAIN);
+    forge_iocb(IOCB_READ, 1, 0, BATCH, -ENOMEM);
     g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
     hooks_reset();
     while (calls(CALL_PREADV2) < BATCH) {
@@ -6631,6 +6805,67 @@ static void test_together_refused(int unused)
         g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
     }
     file_stats(&t);
+    together_close(&t);
+}
+
+/* A section of reads that only begin.  Returns: how many of them together */
+static unsigned together_begin(TestFile *t)
+{
+    unsigned before = iocbs(IOCB_READ, 1);
+
+    g_assert_cmpuint(together_section(t, BATCH), ==, 0);
+    return iocbs(IOCB_READ, 1) - before;
+}
+
+/*
+ * To begin reads costs something else than to do them, so there are two
+ * choices, and each has its own tries.
+ */
+static void test_together_begun(int unused)
+{
+    unsigned n = 1, begun = 0, before;
+    TestFile t;
+
+    if (!together_open_known(&t)) {
+        return;
+    }
+    /* It is known that those which are served should go together. */
+    together_costs(9000, 12000);
+    fault(CALL_PREADV2, ALWAYS, -EAGAIN);
+    forge_iocb(IOCB_READ, 1, 0, ALWAYS, -EAGAIN);
+    g_assert_cmpuint(together_begin(&t), ==, BATCH);
+    before = calls(CALL_PREADV2);
+    /* The next ones are expected to be like that one. */
+    g_assert_cmpuint(together_begin(&t), ==, 0);
+    g_assert_cmpuint(calls(CALL_PREADV2) - before, ==, BATCH);
+    begun += 2 * BATCH;
+    while (n < 2 * BATCH_PERIOD) {
+        unsigned got = together_begin(&t);
+
+        g_assert_cmpuint(got, ==, together_tries(++n) ? BATCH : 0);
+        begun += BATCH;
+    }
+    /* They do not make anyone ask less often. */
+    ASSERT_INLINE(&t, 0, begun, begun, 0);
+
+    together_costs(9000, 3000);
+    while (n % BATCH_PERIOD < BATCH_PERIOD - 1) {
+        together_begin(&t);
+        n++;
+    }
+    for (int i = 0; i < 8; i++) {
+        /* Its tries show that it costs less now. */
+        together_begin(&t);
+    }
+    g_assert_cmpuint(together_begin(&t), ==, BATCH);
+    file_stats(&t);
+
+    /* When they are served again, what is known of that counts again. */
+    hooks_reset();
+    together_costs(2000, 500);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    ASSERT_INLINE(&t, 2 * BATCH, 0, 0, 0);
     together_close(&t);
 }
 
@@ -7678,6 +7913,11 @@ static const struct TestCase {
     { "/raw-aio/inline/adapt/read/main", test_inline_adapt, 0 },
     { "/raw-aio/inline/adapt/read/iothread", test_inline_adapt, 0, true },
     { "/raw-aio/inline/adapt/write", test_inline_adapt, 1, true },
+    { "/raw-aio/inline/begun/threads", test_inline_begun, INLINE },
+    { "/raw-aio/inline/begun/threads-iothread", test_inline_begun, INLINE,
+      true },
+    { "/raw-aio/inline/begun/native", test_inline_begun, INLINE_NATIVE },
+    { "/raw-aio/inline/begun/old-kernel", test_inline_not_begun },
     { "/raw-aio/inline/cancel/hit/main", test_inline_cancel },
     { "/raw-aio/inline/cancel/hit/iothread", test_inline_cancel, 0, true },
     { "/raw-aio/inline/cancel/running/main", test_inline_cancel_rest, false },
@@ -7709,6 +7949,7 @@ static const struct TestCase {
     { "/raw-aio/together/misses/submit", test_together_misses, true },
     { "/raw-aio/together/short", test_together_short },
     { "/raw-aio/together/refused", test_together_refused },
+    { "/raw-aio/together/begun", test_together_begun },
     { "/raw-aio/together/cancel", test_together_cancel },
     { "/raw-aio/together/nested/main", test_together_nested },
     { "/raw-aio/together/nested/iothread", test_together_nested, 0, true },
