@@ -80,12 +80,13 @@
 #define PAIO_CREATE_RETRY_NS NANOSECONDS_PER_SECOND
 
 /*
- * A lane gets wider when a request takes longer than this for each of those
- * that run side by side, and narrower again below half of it.  Above what a
- * write to the page cache takes, and below what it takes when it waits for a
- * disk or a server.  For reads that are under way it is the disk's pace that
- * counts: above 20,000 a second one worker keeps up with it, and with less it
- * matters little how many are woken, but much that none waits for an older one.
+ * A lane gets wider when a request takes longer than this and its work_ns for
+ * each of those that run side by side, and narrower again below half of it.
+ * Above what a write to the page cache takes, and below what it takes when it
+ * waits for a disk or a server.  For reads that are under way it is the disk's
+ * pace that counts: above 20,000 a second one worker keeps up with it, and with
+ * less it matters little how many are woken, but much that none waits for an
+ * older one.
  */
 #define PAIO_LANE_SLOW_NS (100 * SCALE_US)
 
@@ -341,13 +342,13 @@ static void paio_wait_in_lane_locked(PAIOPool *pool, PAIORequest *req,
 
 /* A request of the lane, which began to run at @start, is done. */
 static void paio_leave_lane_locked(PAIOPool *pool, PAIOLane *lane,
-                                   int64_t start, int64_t now)
+                                   int64_t slow_ns, int64_t start, int64_t now)
 {
     int64_t each = (now - start) / lane->width;
 
-    if (each < PAIO_LANE_SLOW_NS / 2) {
+    if (each < slow_ns / 2) {
         lane->width = MAX(1, lane->width - 1);
-    } else if (each >= PAIO_LANE_SLOW_NS && !QTAILQ_EMPTY(&lane->waiting)) {
+    } else if (each >= slow_ns && !QTAILQ_EMPTY(&lane->waiting)) {
         lane->width = MIN(lane->width + 1, pool->max_threads);
     }
     lane->running--;
@@ -646,6 +647,7 @@ static void paio_run_unlocked(PAIOPool *pool, PAIORequest *req)
 {
     /* After paio_run() the request may be gone. */
     PAIOLane *lane = req->lane ? paio_lane(pool, req->lane) : NULL;
+    int64_t lane_slow_ns = PAIO_LANE_SLOW_NS + req->work_ns;
     bool slow = req->class == PAIO_SLOW;
     int64_t start, end;
 
@@ -659,7 +661,7 @@ static void paio_run_unlocked(PAIOPool *pool, PAIORequest *req)
         pool->nr_slow--;
     }
     if (lane) {
-        paio_leave_lane_locked(pool, lane, start, end);
+        paio_leave_lane_locked(pool, lane, lane_slow_ns, start, end);
     }
 }
 

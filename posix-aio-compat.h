@@ -72,6 +72,11 @@ struct PAIORequest {
     PAIOClass class;
     unsigned lane;      /* 1 to PAIO_LANES, or 0: beside any other */
     /*
+     * With a lane: how long (ns) func() may work, like for copying.  The lane
+     * gets wider only for what takes longer, as that waits for something.
+     */
+    int64_t work_ns;
+    /*
      * Called in the pool's AioContext, from its bottom half and never from
      * within paio_submit() or paio_cancel().
      */

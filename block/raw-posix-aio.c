@@ -112,6 +112,12 @@
 #define RAW_AIO_MISSES          8
 
 /*
+ * What it takes (ns) at most to copy a byte to or from the page cache, if it
+ * needs new pages.  Usually it is a tenth of that.
+ */
+#define RAW_AIO_COPY_NS         1
+
+/*
  * How long (ms) the event loop submits nothing for a file that made it wait.
  * Twice as long each time it does so again, up to 64 times, which leaves less
  * than 1 % of the time to stalls of half a second.  As long again without a
@@ -940,6 +946,7 @@ static void raw_aio_begin_pool(RawAIORequest *req)
         .class = stable ? PAIO_SLOW : PAIO_NORMAL,
         .lane = cached_write ? req->desc->write_lane :
                 req->begun ? req->desc->read_lane : 0,
+        .work_ns = raw_aio_bytes(req) * RAW_AIO_COPY_NS,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };

@@ -2960,6 +2960,57 @@ static void test_lane_slow(void)
     gate_destroy(&narrow);
 }
 
+static int take_long_serial_func(TestReq *r)
+{
+    serial_func(r);
+    return take_long_func(r);
+}
+
+/* What takes long because there is much to do makes no lane wider. */
+static void test_lane_work(void)
+{
+    const int n = 40;
+    Serial serial = { };
+    TestPool tp;
+    TestReq *r;
+    Gate wide;
+
+    gate_init(&wide);
+    pool_init_idle(&tp, 4);
+    clock_stop();
+    r = reqs_new(&tp, n);
+    reqs_set_lane(r, n, 5);
+    for (int i = 0; i < n; i++) {
+        r[i].func = take_long_serial_func;
+        r[i].data = &serial;
+        r[i].req.work_ns = 10 * SCALE_MS;
+    }
+    reqs_hand_over(r, n);
+    WAIT_BLIND(qatomic_read(&serial.started) == n);
+    pool_wait_all(&tp);
+    reqs_check(r, n);
+    g_assert(!serial.overlap);
+    g_free(r);
+
+    /* Less would not have been enough. */
+    WAIT_BLIND(pool_info(&tp).idle == 4);
+    r = reqs_new_gated(&tp, n, &wide, PAIO_NORMAL);
+    reqs_set_lane(r, n, 5);
+    for (int i = 0; i < 2; i++) {
+        r[i].func = take_long_func;
+        r[i].req.work_ns = 9 * SCALE_MS;
+    }
+    reqs_hand_over(r, n);
+    WAIT_BLIND(gate_inside(&wide) > 1);
+    gate_open(&wide);
+    pool_wait_all(&tp);
+    reqs_check(r, n);
+    g_free(r);
+    clock_go();
+    pool_destroy(&tp);
+    gate_destroy(&wide);
+}
+
 /*
  * A worker comes back from a long request: it takes the next one of the lane
  * and wakes an idle worker for the one after it.
@@ -4333,6 +4384,7 @@ static const Case cases[] = {
     { "lane/stuck", test_lane_stuck, IN_BOTH },
     { "lane/all-stuck", test_lane_all_stuck, IN_BOTH },
     { "lane/slow", test_lane_slow, IN_BOTH },
+    { "lane/work", test_lane_work, IN_BOTH },
     { "lane/wake", test_lane_wake, IN_BOTH },
     { "lane/wake-by-timer", test_lane_wake_by_timer, IN_BOTH },
     { "lane/slow-class", test_lane_slow_class, IN_BOTH },
