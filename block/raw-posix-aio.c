@@ -391,6 +391,7 @@ static void raw_aio_learn(RawAIOFile *f, RawAIODesc *desc, unsigned bits)
     }
 }
 
+#if RAW_AIO_HAVE_RWF || defined(CONFIG_LINUX_AIO)
 /*
  * Whether to try this way now, after what it answered the last times.  Nothing
  * is lost if it is not tried, so no order with anything else is needed.
@@ -441,12 +442,7 @@ static void raw_aio_cost(unsigned *cost, int64_t ns)
     qatomic_set(cost, ns);
 }
 
-/* Whether the event loop will rather begin the next reads than do them */
-static bool raw_aio_expects_misses(RawAIODesc *desc)
-{
-    return qatomic_read(&desc->misses) > RAW_AIO_MISSES / 2;
-}
-
+#if RAW_AIO_HAVE_RWF
 /*
  * The event loop has done a read, or has only begun it.
  *
@@ -467,6 +463,7 @@ static RawAIOReadCost *raw_aio_read_was(RawAIODesc *desc, bool served)
     }
     return &desc->begun;
 }
+#endif
 
 #ifdef CONFIG_LINUX_AIO
 /* Not the way to go, as long as nothing better is known of it */
@@ -529,6 +526,8 @@ static bool raw_aio_is_slow(RawAIODesc *desc)
     }
     return false;
 }
+
+#endif
 
 /*
  * AioContexts
@@ -1130,6 +1129,12 @@ static void raw_aio_section_end(void *opaque)
         home->several--;
     }
     home->section_reads = 0;
+}
+
+/* Whether the event loop will rather begin the next reads than do them */
+static bool raw_aio_expects_misses(RawAIODesc *desc)
+{
+    return qatomic_read(&desc->misses) > RAW_AIO_MISSES / 2;
 }
 
 /* Whether the reads of a section should go together */
