@@ -49,9 +49,10 @@
 /*
  * How much the event loop may transfer itself.  A request that is larger goes
  * to the pool, where several are copied side by side.  What the loop may do in
- * one turn, 64 requests of 4 KiB or so, takes 0.1 to 0.2 ms: no longer than
- * other handlers and the timers can wait.  The main loop can turn in a vCPU
- * thread under the BQL, where more would be felt by the guest.
+ * one turn, 64 requests of 4 KiB or so, takes 0.1 to 0.2 ms, or twice that if
+ * it only begins them: no longer than other handlers and the timers can wait.
+ * The main loop can turn in a vCPU thread under the BQL, where more would be
+ * felt by the guest.
  */
 #define RAW_AIO_INLINE_MAX      (64 * KiB)
 #define RAW_AIO_INLINE_TURN     (256 * KiB)
