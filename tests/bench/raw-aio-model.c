@@ -569,6 +569,23 @@ void model_op_done(void *opaque, int ret)
 
 /* --- what the main thread does --- */
 
+/*
+ * So that reads have to wait for the disk, and O_DIRECT writes do not meet
+ * cached pages, for which RWF_NOWAIT fails.  Only what is on disk can go.
+ */
+static void drop_cache(void)
+{
+#ifdef CONFIG_SYNC_FILE_RANGE
+    if (check_fd >= 0) {
+        sync_file_range(check_fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
+                        SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    }
+#endif
+    if (check_fd >= 0) {
+        posix_fadvise(check_fd, 0, 0, POSIX_FADV_DONTNEED);
+    }
+}
+
 /* The file itself must say the same as QEMU. */
 static void verify_file(uint8_t *buf)
 {
@@ -595,8 +612,7 @@ static void verify_file(uint8_t *buf)
                           &m)) {
         wrong_data(NULL, "in the file itself, ", &m);
     }
-    /* Cached pages make RWF_NOWAIT fail for O_DIRECT writes. */
-    posix_fadvise(check_fd, 0, 0, POSIX_FADV_DONTNEED);
+    drop_cache();
 }
 
 static void verify(bool last)
@@ -709,6 +725,7 @@ static void run_main_op(void)
         shorten_file(op);
         break;
     case OP_PAUSE:
+        drop_cache();
         /* Long enough for all threads to fall asleep */
         g_usleep(op_random(op, 3000));
         break;
