@@ -575,15 +575,14 @@ void model_op_done(void *opaque, int ret)
  */
 static void drop_cache(void)
 {
+    if (check_fd < 0) {
+        return;
+    }
 #ifdef CONFIG_SYNC_FILE_RANGE
-    if (check_fd >= 0) {
-        sync_file_range(check_fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
-                        SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
-    }
+    sync_file_range(check_fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
+                    SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
 #endif
-    if (check_fd >= 0) {
-        posix_fadvise(check_fd, 0, 0, POSIX_FADV_DONTNEED);
-    }
+    posix_fadvise(check_fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 /* The file itself must say the same as QEMU. */

@@ -982,18 +982,21 @@ static void gate_open(void)
     pthread_mutex_unlock(&hooks.lock);
 }
 
+/* How many calls wait at the gate */
+static int at_gate(void)
+{
+    int n;
+
+    pthread_mutex_lock(&hooks.lock);
+    n = hooks.at_gate;
+    pthread_mutex_unlock(&hooks.lock);
+    return n;
+}
+
 /* Run the event loop until so many calls wait at the gate. */
 static void gate_wait(int n)
 {
-    for (;;) {
-        int at_gate;
-
-        pthread_mutex_lock(&hooks.lock);
-        at_gate = hooks.at_gate;
-        pthread_mutex_unlock(&hooks.lock);
-        if (at_gate == n) {
-            return;
-        }
+    while (at_gate() != n) {
         aio_poll(qemu_get_current_aio_context(), true);
     }
 }
@@ -4622,16 +4625,6 @@ static void wait_for_idle_pool(void)
         g_usleep(100);
         paio_pool_get_info(raw_aio_current_pool(), &info);
     } while (info.idle < info.threads);
-}
-
-static int at_gate(void)
-{
-    int n;
-
-    pthread_mutex_lock(&hooks.lock);
-    n = hooks.at_gate;
-    pthread_mutex_unlock(&hooks.lock);
-    return n;
 }
 
 /*
