@@ -47,17 +47,29 @@
 #define RAW_AIO_REWINDS 8
 
 /*
- * How much the event loop may transfer itself.  A request that is larger goes
- * to the pool, where several are copied side by side.  What the loop may do in
- * one turn, 64 requests of 4 KiB or so, takes 0.1 to 0.2 ms, or twice that if
- * it only begins them: no longer than other handlers and the timers can wait.
- * The main loop can turn in a vCPU thread under the BQL, where more would be
- * felt by the guest.
+ * How much the event loop may transfer itself in one turn: 64 requests of 4 KiB
+ * or so, which take 0.1 to 0.2 ms, or twice that if it only begins them: no
+ * longer than other handlers and the timers can wait.  The main loop can turn
+ * in a vCPU thread under the BQL, where more would be felt by the guest.
  */
-#define RAW_AIO_INLINE_MAX      (64 * KiB)
 #define RAW_AIO_INLINE_TURN     (256 * KiB)
-/* What a small request costs, too: about as much as copying a page */
+/* What a small request costs, too: most of it is the system call. */
 #define RAW_AIO_INLINE_MIN      (4 * KiB)
+/*
+ * A write may have to allocate a page for each that it copies; a large one goes
+ * to the pool.
+ */
+#define RAW_AIO_INLINE_MAX_WRITE (64 * KiB)
+/*
+ * A read only copies, 1 MiB in 0.05 to 0.1 ms, and counts for a part of its
+ * bytes.  What is left of a turn may remain for the next one, but at least half
+ * of it is there then: so the largest must not need more, or small ones now and
+ * then would keep it out for ever.
+ */
+#define RAW_AIO_INLINE_READ_DIV 8
+#define RAW_AIO_INLINE_MAX_READ (1 * MiB)
+QEMU_BUILD_BUG_ON(RAW_AIO_INLINE_MAX_READ / RAW_AIO_INLINE_READ_DIV >
+                  RAW_AIO_INLINE_TURN / 2);
 
 /*
  * A way that mostly fails is tried less often.  A refusal adds 1 to the score
@@ -90,6 +102,8 @@
 
 /* Fewer reads in a defer_call section are not worth a visit to the ring. */
 #define RAW_AIO_BATCH_MIN       4
+/* What is larger takes long to copy, which hides what a system call costs. */
+#define RAW_AIO_BATCH_MAX_BYTES (64 * KiB)
 /*
  * What a read costs (ns) besides if it goes together with others: it is queued,
  * its coroutine waits for a bottom half and is woken.
@@ -113,10 +127,12 @@
 #define RAW_AIO_MISSES          8
 
 /*
- * What it takes (ns) at most to copy a byte to or from the page cache, if it
- * needs new pages.  Usually it is a tenth of that.
+ * What it takes (ns) at most to copy a byte to the page cache, if it needs new
+ * pages; and how many bytes are copied from there in 1 ns at least, as most
+ * machines copy 10 and more.
  */
-#define RAW_AIO_COPY_NS         1
+#define RAW_AIO_WRITE_NS        1
+#define RAW_AIO_READ_BYTES      8
 
 /*
  * How long (ms) the event loop submits nothing for a file that made it wait.
@@ -946,7 +962,9 @@ static void raw_aio_begin_pool(RawAIORequest *req)
         .class = stable ? PAIO_SLOW : PAIO_NORMAL,
         .lane = cached_write ? req->desc->write_lane :
                 req->begun ? req->desc->read_lane : 0,
-        .work_ns = raw_aio_bytes(req) * RAW_AIO_COPY_NS,
+        .work_ns = raw_aio_is_write(req->type) ?
+                   raw_aio_bytes(req) * RAW_AIO_WRITE_NS :
+                   raw_aio_bytes(req) / RAW_AIO_READ_BYTES,
         .cb = raw_aio_pool_cb,
         .opaque = req,
     };
@@ -968,9 +986,11 @@ static unsigned raw_aio_no_inline(const RawAIORequest *req)
  * it returns to the event loop, and so on for ever.  From half of it on, the
  * next turn begins anew; a loop that does less needs no bottom half for it.
  */
-static bool raw_aio_inline_afford(RawAIOContext *home, size_t bytes)
+static bool raw_aio_inline_afford(RawAIOContext *home, size_t bytes,
+                                  bool is_write)
 {
-    size_t cost = MAX(bytes, RAW_AIO_INLINE_MIN);
+    size_t cost = MAX(is_write ? bytes : bytes / RAW_AIO_INLINE_READ_DIV,
+                      RAW_AIO_INLINE_MIN);
     bool half = home->inline_left <= RAW_AIO_INLINE_TURN / 2;
 
     if (home->inline_left < cost) {
@@ -1001,9 +1021,11 @@ static bool raw_aio_at_once(const RawAIORequest *req)
 static bool raw_aio_may_inline(const RawAIORequest *req)
 {
     size_t bytes = raw_aio_bytes(req);
+    size_t max = raw_aio_is_write(req->type) ? RAW_AIO_INLINE_MAX_WRITE
+                                             : RAW_AIO_INLINE_MAX_READ;
 
     if ((req->desc->direct && !raw_aio_at_once(req)) ||
-        !bytes || bytes > RAW_AIO_INLINE_MAX ||
+        !bytes || bytes > max ||
         (req->type & (RAW_AIO_ZONED | QEMU_AIO_MISALIGNED)) ||
         raw_aio_makes_stable(req) || req->qiov->niov > IOV_MAX) {
         return false;
@@ -1229,7 +1251,8 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     RawAIOContext *home = req->home;
     size_t bytes = raw_aio_bytes(req);
     int rwf = desc->direct ? 0 : RAW_AIO_RWF_NOWAIT;
-    bool is_read = req->type & QEMU_AIO_READ;
+    bool is_write = raw_aio_is_write(req->type);
+    bool may_batch = f->native && !is_write && bytes <= RAW_AIO_BATCH_MAX_BYTES;
     int64_t stalled_ns;
     ssize_t len;
     int ret;
@@ -1246,12 +1269,12 @@ static bool raw_aio_try_inline(RawAIORequest *req)
         trace_raw_aio_inline_skip(f, req, "made the event loop wait");
         return false;
     }
-    if (!raw_aio_inline_afford(home, bytes)) {
+    if (!raw_aio_inline_afford(home, bytes, is_write)) {
         trace_raw_aio_inline_skip(f, req, "enough for this turn");
         return false;
     }
 
-    if (f->native && is_read && raw_aio_batch(req)) {
+    if (may_batch && raw_aio_batch(req)) {
         return false;
     }
 
@@ -1269,7 +1292,7 @@ static bool raw_aio_try_inline(RawAIORequest *req)
     } else {
         raw_aio_inline_missed(req, ret, rwf ? raw_aio_no_inline(req) : 0);
     }
-    if (f->native && is_read && (len == bytes || req->begun)) {
+    if (may_batch && (len == bytes || req->begun)) {
         raw_aio_cost(&raw_aio_read_was(desc, len == bytes)->single_ns,
                      home->watch.took_ns);
     }

@@ -3720,7 +3720,8 @@ static void test_bounded(int kind)
  */
 
 /* What the event loop does itself: of one request, and in one turn */
-#define INLINE_MAX (64 * KiB)
+#define INLINE_MAX_WRITE (64 * KiB)
+#define INLINE_MAX_READ (1 * MiB)
 #define INLINE_TURN (256 * KiB)
 /* How many of BLK bytes that makes */
 #define INLINE_BLKS (INLINE_TURN / BLK)
@@ -3732,10 +3733,12 @@ static const struct Dir {
     Call one;       /* in the pool: one element */
     Call vec;       /* and several */
     Call any;
+    size_t max;     /* bytes inline, in one request */
 } dirs[] = {
-    { QEMU_AIO_READ, CALL_PREADV2, CALL_PREAD, CALL_PREADV, CALL_ANY_READ },
+    { QEMU_AIO_READ, CALL_PREADV2, CALL_PREAD, CALL_PREADV, CALL_ANY_READ,
+      INLINE_MAX_READ },
     { QEMU_AIO_WRITE, CALL_PWRITEV2, CALL_PWRITE, CALL_PWRITEV,
-      CALL_ANY_WRITE },
+      CALL_ANY_WRITE, INLINE_MAX_WRITE },
 };
 
 /* Writes wait for a freeze to end, which may take the main loop. */
@@ -3788,7 +3791,7 @@ static void test_inline_hit(int kind)
     for (int i = 0; i < 16; i++) {
         const struct Dir *dir = &dirs[!(i & 1)];
         int niov = i & 2 ? 4 : 1;
-        size_t len = i & 8 ? INLINE_MAX : 1000;
+        size_t len = i & 8 ? INLINE_MAX_WRITE : 1000;
 
         if (!may_inline(dir)) {
             continue;
@@ -3807,7 +3810,8 @@ static void test_inline_hit(int kind)
         g_assert_cmpint(hooks.log[0].offset, ==, 100);
         ASSERT_INLINE(&t, 1, 0, 0, 0);
     }
-    check_file(&t, 100 + INLINE_MAX, FILE_SIZE - 100 - INLINE_MAX, 0);
+    check_file(&t, 100 + INLINE_MAX_WRITE, FILE_SIZE - 100 - INLINE_MAX_WRITE,
+               0);
 
     /* A coroutine does not yield; a callback comes from the event loop. */
     for (int i = 0; i < 2; i++) {
@@ -4113,16 +4117,18 @@ static void test_inline_never(int unused)
     if (!file_open(&t, INLINE)) {
         return;
     }
+    file_fill(&t, 2 * INLINE_MAX_READ);
     inline_never(&t, QEMU_AIO_FLUSH, 0, 0, 0);
     inline_never(&t, QEMU_AIO_WRITE, BLK, 1, BDRV_REQ_FUA);
     inline_never(&t, QEMU_AIO_WRITE, BLK, 4, BDRV_REQ_FUA);
     inline_never(&t, QEMU_AIO_ZONE_APPEND | RAW_AIO_ZONED, BLK, 4, 0);
     for (int i = 0; i < 2; i++) {
         int type = dirs[i].type;
+        size_t max = dirs[i].max;
 
-        inline_never(&t, type, INLINE_MAX + 1, 1, 0);
-        inline_never(&t, type, INLINE_MAX + 1, 4, 0);
-        inline_never(&t, type, 2 * INLINE_MAX, 4, 0);
+        inline_never(&t, type, max + 1, 1, 0);
+        inline_never(&t, type, max + 1, 4, 0);
+        inline_never(&t, type, 2 * max, 4, 0);
         inline_never(&t, type | RAW_AIO_ZONED, BLK, 4, 0);
         inline_never(&t, type | QEMU_AIO_MISALIGNED, BLK, 1, 0);
         for (int j = 0; j < ARRAY_SIZE(bits); j++) {
@@ -4188,19 +4194,20 @@ static void inline_budget_in(void *opaque)
 {
     static const struct {
         size_t len;
-        int fit;
+        int fit[2];     /* reads, writes */
     } sizes[] = {
-        { INLINE_MAX, 4 },
-        { 5000, INLINE_TURN / 5000 },
-        { BLK, INLINE_BLKS },
-        { 1, INLINE_BLKS },     /* not for nothing */
+        { INLINE_MAX_WRITE, { 32, 4 } },
+        { 10 * BLK, { INLINE_TURN / (10 * BLK / 8), INLINE_BLKS / 10 } },
+        { 5000, { INLINE_BLKS, INLINE_TURN / 5000 } },
+        { BLK, { INLINE_BLKS, INLINE_BLKS } },
+        { 1, { INLINE_BLKS, INLINE_BLKS } },    /* not for nothing */
     };
     TestFile *t = opaque;
 
     for (int i = 0; i < 4 * ARRAY_SIZE(sizes); i++) {
         const struct Dir *dir = &dirs[i & 1];
         size_t len = sizes[i / 4].len;
-        int fit = sizes[i / 4].fit, nr = fit + 5;
+        int fit = sizes[i / 4].fit[i & 1], nr = fit + 5;
         g_autofree Req *r = g_new(Req, nr);
         unsigned served[2] = { 0 };
 
@@ -4252,6 +4259,71 @@ static void test_inline_budget(int unused)
         check_file(&t[i], 0, FILE_SIZE, 0);
         file_close(&t[i]);
     }
+}
+
+/*
+ * Large reads: the event loop does as much in one turn as it does of small
+ * ones, by the time that it takes.
+ */
+static void test_inline_large(int coroutine)
+{
+    static const struct {
+        size_t len;
+        int fit;
+    } sizes[] = {
+        { INLINE_MAX_READ, 2 },
+        { INLINE_MAX_READ / 2 + BLK, 3 },
+        { INLINE_MAX_READ / 4, 8 },
+        { INLINE_MAX_READ / 8 - 1, 16 },
+    };
+    const int64_t offset = 100;
+    TestFile t;
+
+    if (!file_open(&t, INLINE)) {
+        return;
+    }
+    file_fill(&t, INLINE_MAX_READ + 2 * offset);
+    t.coroutine = coroutine;
+    for (int i = 0; i < 2 * ARRAY_SIZE(sizes); i++) {
+        int fit = sizes[i / 2].fit, nr = fit + 2;
+        g_autofree Req *r = g_new(Req, nr);
+
+        /* It needs half of a turn, so the next one begins anew. */
+        g_assert_cmpint(file_read(&t, offset, INLINE_MAX_READ, 1, 0), ==, 0);
+        settle();
+        file_stats(&t);
+        hooks_reset();
+        for (int j = 0; j < nr; j++) {
+            req_init(&r[j], sizes[i / 2].len, i & 1 ? 4 : 1, false);
+            req_start(&r[j], &t, QEMU_AIO_READ, offset, 0);
+            g_assert_cmpuint(calls(CALL_PREADV2), ==, MIN(j + 1, fit));
+        }
+        for (int j = 0; j < nr; j++) {
+            g_assert_cmpint(req_wait(&r[j]), ==, 0);
+            check(r[j].buf, offset, sizes[i / 2].len, 0);
+            req_destroy(&r[j]);
+        }
+        ASSERT_INLINE(&t, fit, 0, nr - fit, 0);
+    }
+
+    /* What the page cache does not have of it is the pool's. */
+    settle();
+    hooks_reset();
+    fault(CALL_PREADV2, 1, 3 * BLK);
+    g_assert_cmpint(file_read(&t, offset, INLINE_MAX_READ, 1, 0), ==, 0);
+    g_assert_cmpint(hooks.log[1].offset, ==, offset + 3 * BLK);
+    ASSERT_INLINE(&t, 0, 1, 1, 1);
+
+    /* What small ones leave of a turn is always enough. */
+    for (int i = 0; i < 2 * INLINE_BLKS; i++) {
+        settle();
+        file_stats(&t);
+        g_assert_cmpint(file_read(&t, 0, 1, 1, 0), ==, 0);
+        settle();
+        g_assert_cmpint(file_read(&t, offset, INLINE_MAX_READ, 1, 0), ==, 0);
+        ASSERT_INLINE(&t, 2, 0, 0, 0);
+    }
+    file_close(&t);
 }
 
 /* In the callback form, what was served inline completes in order. */
@@ -4603,7 +4675,7 @@ static void grow_pool(TestFile *t, int n)
 
     gate_close(1u << CALL_PREAD | 1u << CALL_PREADV, file_fd(t));
     for (int i = 0; i < n; i++) {
-        req_init(&r[i], 2 * INLINE_MAX, 1, false);
+        req_init(&r[i], INLINE_MAX_READ + 1, 1, false);
         req_start(&r[i], t, QEMU_AIO_READ, 0, 0);
     }
     gate_wait(n);
@@ -6447,6 +6519,8 @@ static void test_watch_two(int unused)
 #define BATCH_MIN 4
 /* So many small sections may come in between. */
 #define BATCH_PATIENCE 4
+/* Larger reads don't go together. */
+#define BATCH_MAX_BYTES (64 * KiB)
 /* One of so many sections tries the other way, and more of the first ones. */
 #define BATCH_PERIOD 64
 /* How many reads a section has here */
@@ -6672,15 +6746,35 @@ static void test_together_few(int unused)
     g_assert_cmpuint(together_section(&t, BATCH), ==, 0);
 
     /* Not writes, and not what is too large for the event loop */
+    file_fill(&t, INLINE_MAX_READ + BLK);
     file_stats(&t);
     hooks_reset();
     defer_call_begin();
     for (int i = 0; i < BATCH; i++) {
         g_assert_cmpint(file_write(&t, i * BLK, BLK, 1, 0, 0), ==, 0);
     }
-    g_assert_cmpint(file_read(&t, 0, 2 * INLINE_MAX, 1, 0), ==, 0);
+    g_assert_cmpint(file_read(&t, 0, INLINE_MAX_READ + 1, 1, 0), ==, 0);
     defer_call_end();
     g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+    file_stats(&t);
+
+    /* Nor what takes long to copy, which says nothing about the others. */
+    for (int i = 0; i < 20; i++) {
+        file_stats(&t);
+        hooks_reset();
+        together_costs(100, 500);
+        defer_call_begin();
+        for (int j = 0; j < BATCH; j++) {
+            g_assert_cmpint(file_read(&t, 0, BATCH_MAX_BYTES + 1, 1, 0), ==, 0);
+        }
+        defer_call_end();
+        g_assert_cmpuint(calls(CALL_PREADV2), ==, BATCH);
+        g_assert_cmpuint(calls(CALL_IO_SUBMIT), ==, 0);
+        ASSERT_INLINE(&t, BATCH, 0, 0, 0);
+        together_costs(2000, 500);
+        together_section(&t, BATCH);
+        g_assert_cmpuint(together_section(&t, BATCH), ==, BATCH);
+    }
     file_stats(&t);
     together_close(&t);
 }
@@ -7890,6 +7984,8 @@ static const struct TestCase {
     { "/raw-aio/inline/never/main", test_inline_never },
     { "/raw-aio/inline/never/iothread", test_inline_never, 0, true },
     { "/raw-aio/inline/budget", test_inline_budget },
+    { "/raw-aio/inline/large/callback", test_inline_large, false },
+    { "/raw-aio/inline/large/coroutine", test_inline_large, true },
     { "/raw-aio/inline/order", test_inline_order },
     { "/raw-aio/inline/turns/callback", test_inline_turns, CHAIN_CALLBACK },
     { "/raw-aio/inline/turns/loop", test_inline_turns, CHAIN_LOOP },
