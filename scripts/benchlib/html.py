@@ -271,6 +271,7 @@ PLOTS = (
 def machine_table(document):
     machine = document['machine']
     names = {'cpu_model': 'processor', 'cpus': 'CPUs', 'memory_mib': 'memory, MiB', 'kernel': 'kernel',
+             'system_call_us': 'an empty system call takes, us',
              'file_system': 'file system', 'mount_options': 'mount options', 'device': 'device',
              'block_device': 'rows blk-*', 'qemu': 'QEMU', 'fio': 'fio', 'commit': 'commit', 'date': 'date',
              'loop': 'requests are sent from', 'load_before': 'load before'}

@@ -243,6 +243,7 @@ def machine_lines(document):
     machine = document['machine']
     parts = [f'{machine["cpus"]} CPUs' + (' (virtual)' if machine.get('virtual') else ''), machine.get('cpu_model'),
              f'{machine["memory_mib"]} MiB' if machine.get('memory_mib') else None, f'Linux {machine["kernel"]}',
+             f'an empty system call takes {machine["system_call_us"]} us' if machine.get('system_call_us') else None,
              ' on '.join(p for p in (machine.get('file_system'), machine.get('device')) if p) or None]
     return ', '.join(p for p in parts if p)
 
