@@ -203,7 +203,8 @@ def merged(documents):
         results = [e for e in first['results'] if e['row'] not in rows] + later['results']
         order = list(by_row(first)) + rows
         about = tuple(f'row {row}:' for row in rows)
-        first = {**first, 'results': sorted(results, key=lambda e: order.index(e['row'])),
+        first = {**first, 'machine': {**later['machine'], **first['machine']},
+                 'results': sorted(results, key=lambda e: order.index(e['row'])),
                  'notes': [n for n in first.get('notes', []) if not n.startswith(about)] +
                  [n for n in later.get('notes', []) if n.startswith(about)] +
                  [f'measured on their own, later ({later["machine"].get("date")}): {", ".join(rows)}']}
